@@ -1,0 +1,25 @@
+"""WMDD, dataset distillation via the Wasserstein metric, from raw images to the paper's tables."""
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+configfile: "config.yaml"
+
+
+include: "rules/common.smk"
+include: "rules/data.smk"
+include: "rules/pretrain.smk"
+include: "rules/features.smk"
+include: "rules/barycenter.smk"
+include: "rules/recover.smk"
+include: "rules/relabel.smk"
+include: "rules/evaluate.smk"
+include: "rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        PAGE.format(page="index"),

@@ -1,0 +1,211 @@
+"""Paths (each written once), the prepared configuration, and what every job has in common."""
+
+import functools
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import yaml
+from snakemake.exceptions import WorkflowError
+
+sys.path.insert(0, workflow.basedir)
+from rules.configuration import ConfigError, canonical, code_hash, digest, prepare, resolve, unknown
+from wmdd_core.errors import UserError
+from wmdd_core.layouts import class_count
+
+# Jobs run this project's modules with the interpreter that runs Snakemake, unless conda or a
+# container puts another one in front; the shell commands stay free of paths of one machine.
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+os.environ["PYTHONPATH"] = str(workflow.basedir)
+if "WMDD_COMMIT" not in os.environ:
+    _git = subprocess.run(
+        ["git", "-C", workflow.basedir, "describe", "--always", "--dirty", "--exclude", "*"],
+        capture_output=True,
+        text=True,
+    )
+    os.environ["WMDD_COMMIT"] = _git.stdout.strip() or "unknown"
+
+
+def _prepared():
+    with open(workflow.source_path("../schemas/config.schema.yaml")) as file:
+        return prepare(config, yaml.safe_load(file))
+
+
+try:
+    config = _prepared()
+except ConfigError as error:
+    raise WorkflowError(f"config: {error}") from None
+
+
+# ---- paths -----------------------------------------------------------------------------------
+
+RESULTS = config["results"]
+DESCRIPTION = RESULTS + "/{dataset}/description.json"
+IMAGES = RESULTS + "/{dataset}/images/{split}.npy"
+TEACHER = RESULTS + "/{dataset}/teachers/{teacher}/checkpoint.safetensors"
+TEACHER_METRICS = RESULTS + "/{dataset}/teachers/{teacher}/metrics.json"
+TEACHER_CURVE = RESULTS + "/{dataset}/teachers/{teacher}/curve.csv"
+FEATURES = RESULTS + "/{dataset}/features/{teacher}/features.npy"
+FEATURE_INDEX = RESULTS + "/{dataset}/features/{teacher}/index.json"
+BN_STATISTICS = RESULTS + "/{dataset}/features/{teacher}/bn_statistics.safetensors"
+BARYCENTER = RESULTS + "/{dataset}/barycenters/{teacher}/{barycenter}/ipc{ipc}/class{block}.npz"
+SHARD = RESULTS + "/{dataset}/distilled/{method}/ipc{ipc}/shards/shard{shard}.safetensors"
+DISTILLED = RESULTS + "/{dataset}/distilled/{method}/ipc{ipc}/images.safetensors"
+DISTILLED_HEADER = RESULTS + "/{dataset}/distilled/{method}/ipc{ipc}/header.json"
+DISTILLED_LOSSES = RESULTS + "/{dataset}/distilled/{method}/ipc{ipc}/losses.csv"
+DISTILLED_PNG = RESULTS + "/{dataset}/distilled/{method}/ipc{ipc}/png"
+LABELS = RESULTS + "/{dataset}/labels/{recipe}/{method}/ipc{ipc}/labels.npy"
+LABELS_HEADER = RESULTS + "/{dataset}/labels/{recipe}/{method}/ipc{ipc}/header.json"
+EVALUATION = RESULTS + "/{dataset}/evaluation/{recipe}/{method}/ipc{ipc}/{student}/seed{seed}.json"
+TABLE = RESULTS + "/report/tables/{table}"
+FIGURE = RESULTS + "/report/figures/{figure}"
+PAGE = RESULTS + "/report/{page}.html"
+LOGS = RESULTS + "/logs"
+BENCHMARKS = RESULTS + "/benchmarks"
+
+REAL = {"recipe": "own", "ipc": "all"}
+"""Wildcards of students trained on all real images: the method's own recipe, no images per class."""
+
+
+# ---- settings --------------------------------------------------------------------------------
+
+
+@functools.cache
+def entry(block, name, dataset):
+    """The settings of a named entry for one dataset."""
+    if name not in config[block]:
+        raise WorkflowError(f"config: {block}: {unknown(name, config[block])}")
+    try:
+        return resolve(config[block][name], dataset, f"{block}.{name}")
+    except ConfigError as error:
+        raise WorkflowError(f"config: {error}") from None
+
+
+@functools.cache
+def class_total(dataset):
+    """Number of classes, from the config, the source's definition or the folders under its root."""
+    try:
+        return class_count(entry("datasets", dataset, dataset))
+    except UserError as error:
+        raise WorkflowError(f"config: datasets.{dataset}: {error}") from None
+
+
+def method_of(w):
+    return entry("methods", w.method, w.dataset)
+
+
+def teacher_of(w):
+    """The teacher that a method recovers from."""
+    return method_of(w).get("teacher", entry("datasets", w.dataset, w.dataset)["teacher"])
+
+
+def labeller_of(w):
+    """The teacher that labels, the same for every method."""
+    return entry("datasets", w.dataset, w.dataset)["teacher"]
+
+
+def methods_of_kind(*kinds):
+    """A wildcard constraint: the names of the methods of these kinds."""
+    return names(n for n, m in config["methods"].items() if m["kind"] in kinds)
+
+
+def names(values):
+    """A regular expression that matches exactly these names (and nothing, if there are none)."""
+    return "|".join(map(re.escape, values)) or "(?!)"
+
+
+def expand_methods(listed):
+    """Names of methods, a sweep standing for all of its members."""
+    for name in listed:
+        swept = [n for n, m in config["methods"].items() if m.get("swept", {}).get("entry") == name]
+        if not swept and name not in config["methods"]:
+            raise WorkflowError(f"config: methods: {unknown(name, config['methods'])}")
+        yield from swept or [name]
+
+
+def pick(settings, *keys):
+    """The part of `settings` that a step reads."""
+    return {k: settings[k] for k in keys if k in settings}
+
+
+def without(settings, *keys):
+    """`settings` but for what a step does not read."""
+    return {k: v for k, v in settings.items() if k not in keys}
+
+
+SETTINGS = {}
+"""rule → function of the wildcards that gives exactly what the rule's step reads."""
+
+
+def settings_for(function):
+    """Register `function` as the settings of the rule it is named after."""
+    SETTINGS[function.__name__.removesuffix("_settings")] = function
+    return function
+
+
+def settings_of(rule):
+    """The rule's one parameter: its settings as canonical JSON."""
+    return lambda w: canonical(SETTINGS[rule](w))
+
+
+@functools.cache
+def code_of(rule):
+    """The code that a rule depends on, or the hash that `accept_code` puts in its place."""
+    return config.get("accept_code", {}).get(rule) or code_hash(rule)
+
+
+# ---- jobs ------------------------------------------------------------------------------------
+
+JOB = (
+    "python -m workflow_scripts.{rule} {params.job:q} {params.settings:q} {params.code}"
+    " --device {config[device]} --threads {threads} > {log:q} 2>&1"
+)
+"""Every rule's command. Device and threads are no parameters: they change no result that matters."""
+
+
+def describe_job(wildcards, input, output):
+    """What a script needs to know of its job. Snakemake does not compare parameters that read `input`."""
+
+    def named(files):
+        return {
+            name: list(map(str, value)) if isinstance(value, (list, tuple)) or hasattr(value, "items") else str(value)
+            for name, value in files.items()
+        }
+
+    return canonical(
+        {
+            "wildcards": dict(wildcards.items()),
+            "input": named(input),
+            "output": named(output),
+            "checkpoints": f"{RESULTS}/checkpoints",
+        }
+    )
+
+
+def log_of(rule, name):
+    return f"{LOGS}/{rule}/{name}.log"
+
+
+def benchmark_of(rule, name):
+    return f"{BENCHMARKS}/{rule}/{name}.tsv"
+
+
+wildcard_constraints:
+    dataset=names(config["datasets"]),
+    teacher=names(config["teachers"]),
+    barycenter=names(config["barycenters"]),
+    method=names(config["methods"]),
+    student=names(config["students"]),
+    recipe=names([*config["recipes"], REAL["recipe"]]),
+    table=names(config["tables"]),
+    figure=names(config["figures"]),
+    split="train|test",
+    ipc=r"\d+|all",
+    seed=r"\d+",
+    shard=r"\d+",
+    block=r"\d+(-\d+)?",
+    page="index|paper",

@@ -1,0 +1,216 @@
+"""Reading the configuration: inheritance, sweeps, validation, values by dataset, code hashes.
+
+Standard library only (the schema needs `jsonschema`, which Snakemake brings): every job and every
+dry run imports this module.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ENTRY_BLOCKS = ("datasets", "teachers", "barycenters", "methods", "students", "recipes", "tables", "figures")
+"""Blocks of named entries; a name becomes a wildcard's value and so part of a path."""
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+INFRASTRUCTURE = {"wmdd_core.errors", "wmdd_core.progress", "wmdd_core.artifacts", "workflow_scripts.job"}
+"""How work is reported and stored, not what is computed: edits there make no result stale."""
+
+
+class ConfigError(Exception):
+    """One line for the user: the key, what was received, what is allowed."""
+
+
+def canonical(value: object) -> str:
+    """JSON with sorted keys and no spaces: what a rule passes as its one `settings` parameter.
+
+    Snakemake compares the parameters of a rule as a set of values without names, so separate
+    parameters that swap their values would go unnoticed.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest(value: object) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of `canonical(value)`."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
+
+
+def prepare(config: dict, schema: dict) -> dict:
+    """Expand `like` and `sweep`, repair numbers that YAML reads as text, and validate.
+
+    Raises `ConfigError` at the first fault.
+    """
+    config = _numbers(copy.deepcopy(config))
+    check_block("config", config, schema, schema)
+    for block in ENTRY_BLOCKS:
+        config[block] = expand_entries(block, config.get(block) or {})
+        kind = schema["$defs"][schema["properties"][block]["x-entry"]]
+        for name, entry in config[block].items():
+            if not NAME.fullmatch(name):
+                raise ConfigError(f"{block}.{name}: a name is part of a path; use letters, digits and _ . + -")
+            check_block(f"{block}.{name}", entry, kind, schema)
+    return config
+
+
+def _numbers(value: object) -> object:
+    """YAML 1.1 reads 1e-3 as text; whoever writes it means a number."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def expand_entries(block: str, entries: Mapping) -> dict:
+    """Resolve `like: other` (inherit its settings) and `sweep: {key: [values]}` (an entry for each value)."""
+    resolved: dict[str, dict] = {}
+
+    def resolve(name: str, trail: tuple[str, ...]) -> dict:
+        if name not in entries:
+            raise ConfigError(f"{block}.{trail[-1]}.like: {unknown(name, entries)}")
+        if name in trail:
+            raise ConfigError(f"{block}.{name}.like: refers to itself through {' → '.join(trail)}")
+        entry = dict(entries[name] or {})
+        parent = resolve(entry.pop("like"), (*trail, name)) if "like" in entry else {}
+        return {**{k: v for k, v in parent.items() if k != "sweep"}, **entry}
+
+    for name in entries:
+        entry = resolve(name, ())
+        sweep = entry.pop("sweep", None)
+        if sweep is None:
+            resolved[name] = entry
+            continue
+        if not (isinstance(sweep, Mapping) and len(sweep) == 1 and isinstance(next(iter(sweep.values())), list)):
+            raise ConfigError(f"{block}.{name}.sweep: expected one key with a list of values, got {sweep!r}")
+        ((key, values),) = sweep.items()
+        for value in values:
+            resolved[f"{name}{value}"] = {**entry, key: value, "swept": {"entry": name, "key": key, "value": value}}
+    return resolved
+
+
+def check_block(where: str, entry: object, kind: Mapping, schema: Mapping) -> None:
+    """Check one mapping: known keys, required keys, and each value (or each of its values by dataset)."""
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{where}: expected settings, got {entry!r}")
+    for key in entry:
+        if key not in kind["properties"]:
+            raise ConfigError(f"{where}: {unknown(key, kind['properties'])}")
+    for key in kind.get("required", ()):
+        if key not in entry:
+            raise ConfigError(f"{where}: the key {key!r} is missing ({kind['properties'][key]['description']})")
+    for key, value in entry.items():
+        _check_value(f"{where}.{key}".removeprefix("config."), value, kind["properties"][key], schema)
+
+
+def _check_value(where: str, value: object, allowed: Mapping, schema: Mapping) -> None:
+    from jsonschema import Draft202012Validator
+
+    by_dataset = isinstance(value, Mapping) and allowed.get("type") != "object"
+    for part, single in value.items() if by_dataset else [("", value)]:
+        # `true` is an integer to Python, and a number to nobody.
+        error = next(iter(Draft202012Validator({**allowed, "$defs": schema["$defs"]}).iter_errors(single)), None)
+        if error is not None:
+            place = ".".join([where, *([part] if part else []), *map(str, error.path)])
+            told = f"{place} is {error.instance!r}; {_expectation(error)}"
+            raise ConfigError(f"{told} ({allowed['description']})")
+
+
+def _expectation(error) -> str:
+    limit = error.validator_value
+    match error.validator:
+        case "type":
+            return f"expected {limit if isinstance(limit, str) else ' or '.join(limit)}"
+        case "minimum":
+            return f"the least allowed is {limit}"
+        case "maximum":
+            return f"the most allowed is {limit}"
+        case "exclusiveMinimum":
+            return f"it must be above {limit}"
+        case "enum":
+            known = ", ".join(map(str, limit))
+            near = difflib.get_close_matches(str(error.instance), [str(x) for x in limit], 1)
+            return f"known are {known}" + (f"; did you mean {near[0]!r}?" if near else "")
+        case _:
+            return error.message
+
+
+def unknown(name: object, known: Iterable[str]) -> str:
+    """"unknown name 'x'; did you mean 'y'?", or the list of what is known."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known) or 'none'}"
+    return f"unknown name {name!r}; {hint}"
+
+
+def resolve(entry: Mapping, dataset: str, where: str) -> dict:
+    """An entry's settings for one dataset: a mapping from dataset names becomes its value for `dataset`.
+
+    `default` serves the datasets that are not named.
+    """
+    settings = {}
+    for key, value in entry.items():
+        if isinstance(value, Mapping) and key != "swept":
+            if dataset not in value and "default" not in value:
+                raise ConfigError(f"{where}.{key} has no value for dataset {dataset!r} and no default")
+            value = value.get(dataset, value.get("default"))
+        settings[key] = value
+    return settings
+
+
+def code_hash(rule: str) -> str:
+    """A hash of the code that a rule depends on: its script and what that imports of this project.
+
+    Taken over the syntax trees without docstrings, so that an edited comment costs no rerun;
+    `INFRASTRUCTURE` is left out.
+    """
+    seen: dict[str, str] = {}
+    _collect(f"workflow_scripts.{rule}", seen)
+    return digest(sorted(seen.items()))
+
+
+_PARSED: dict[str, tuple[str, list[str]]] = {}
+
+
+def _collect(module: str, seen: dict[str, str]) -> None:
+    if module in seen or module in INFRASTRUCTURE:
+        return
+    path = ROOT / (module.replace(".", "/") + ".py")
+    if not path.exists():
+        return
+    if module not in _PARSED:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        _PARSED[module] = (_without_docstrings(tree), sorted(_local_imports(tree)))
+    seen[module], imports = _PARSED[module]
+    for imported in imports:
+        _collect(imported, seen)
+
+
+def _without_docstrings(tree: ast.Module) -> str:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.body = [
+                s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
+            ] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _local_imports(tree: ast.Module) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return {name for name in found if name.startswith(("wmdd_core.", "workflow_scripts."))}

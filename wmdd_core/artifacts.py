@@ -1,0 +1,140 @@
+"""Files that explain themselves and appear whole: safe formats, headers, atomic renames.
+
+No pickles: `.npy`, `.npz` without objects, safetensors, JSON, CSV. Each artefact carries a header
+(`make_header`) that says what made it, with which settings, from what and with which versions.
+A header holds nothing that differs between two runs of the same thing (no dates, no host names),
+so equal work gives equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from wmdd_core.errors import UserError
+
+PACKAGES = ("numpy", "torch", "torchvision", "POT", "scikit-learn", "pillow")
+
+
+def canonical(value: object) -> str:
+    """JSON with sorted keys and no spaces: equal settings give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest(value: object) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of `canonical(value)`."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
+
+
+def make_header(
+    rule: str, wildcards: Mapping, settings: Mapping, code: str, inputs: Iterable[Mapping] = (), **more: object
+) -> dict:
+    """What made an artefact, from what, and with what.
+
+    `lineage` maps this rule and every rule upstream (from the headers `inputs`) to digests of their
+    settings and code: two artefacts with the same lineage were made in the same way from the same data.
+    Jobs of one rule that were merged (shards, blocks of classes) share one entry.
+    """
+    lineage: dict[str, str] = {}
+    for header in inputs:
+        for name, value in header["lineage"].items():
+            if lineage.setdefault(name, value) != value:
+                raise UserError(
+                    f"inputs of {rule} were made by different settings or code of {name}; run snakemake again,"
+                    f" or delete what {name} and the rules after it have made"
+                )
+    lineage[rule] = digest([settings, code])
+    return {
+        "rule": rule,
+        "wildcards": dict(wildcards),
+        "settings": dict(settings),
+        "code": code,
+        "lineage": lineage,
+        "commit": os.environ.get("WMDD_COMMIT", "unknown"),
+        "versions": {"python": platform.python_version(), **_versions()},
+        **more,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` at the end, or remove it on an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if path.is_dir() and temporary.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, content: Mapping, header: Mapping) -> None:
+    """Write `content` with its header as JSON."""
+    write_text(path, json.dumps({**content, "header": header}, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path | str) -> dict:
+    """Read a JSON file; the header is under "header"."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_arrays(path: Path | str, arrays: Mapping[str, np.ndarray], header: Mapping) -> None:
+    """Write named arrays as an `.npz` without pickled objects."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, header=np.array(canonical(header)), **arrays)
+
+
+def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
+    """Read arrays and header of a file made by `write_arrays`."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return arrays, json.loads(str(arrays.pop("header")))
+
+
+def write_tensors(path: Path | str, tensors: Mapping, header: Mapping) -> None:
+    """Write named PyTorch tensors as safetensors; the header is the metadata's one entry."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"header": canonical(header)})
+
+
+def read_tensors(path: Path | str) -> tuple[dict, dict]:
+    """Read tensors (on the CPU) and header of a file made by `write_tensors`."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {}).get("header", "{}"))
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118

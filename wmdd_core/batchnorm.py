@@ -1,0 +1,122 @@
+"""Per-class BatchNorm statistics: measured on real images, compared on synthetic ones.
+
+For a BatchNorm layer with input x (N, C, H, W) and a class c with images j of weight w_j (Σ w_j = 1):
+
+    mean_c = Σ_j w_j m_j                        m_j, v_j: mean and variance of image j over its pixels
+    var_c  = Σ_j w_j (v_j + (m_j − mean_c)²)    (law of total variance, biased)
+
+Real images weigh the same; synthetic ones have the weights of their barycenter's atoms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wmdd_core.models import batchnorm_layers
+
+Moments = tuple[Tensor, Tensor]
+"""A mean and a biased variance of equal shape."""
+
+
+def image_moments(x: Tensor) -> Moments:
+    """Mean and variance over the pixels of each image, (N, C, ...) → two (N, C) float32 tensors."""
+    pixels = tuple(range(2, x.ndim))
+    if not pixels:
+        return x.float(), torch.zeros_like(x, dtype=torch.float32)
+    var, mean = torch.var_mean(x.float(), pixels, correction=0)
+    return mean, var
+
+
+def group_moments(moments: Moments, weights: Tensor) -> Moments:
+    """Moments of groups of images: (N, C) moments and weights (G, N) with rows summing to 1 → (G, C)."""
+    mean, var = moments
+    group_mean = weights @ mean
+    # Deviations instead of E[x²] − mean²: float32 would lose the variance of layers with a large mean.
+    group = weights.argmax(0)
+    deviation = (mean - group_mean[group]) ** 2
+    return group_mean, weights @ (var + deviation)
+
+
+@contextmanager
+def record_input_moments(model: nn.Module) -> Iterator[dict[str, Moments]]:
+    """While open, each forward pass of `model` fills the yielded dictionary, layer name → `image_moments`."""
+    recorded: dict[str, Moments] = {}
+
+    def recorder(name: str):
+        def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            recorded[name] = image_moments(inputs[0])
+
+        return record
+
+    hooks = [m.register_forward_pre_hook(recorder(n)) for n, m in batchnorm_layers(model).items()]
+    try:
+        yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of one layer's input: per class `mean`, `var` (classes, C), and over all images (C,)."""
+
+    mean: Tensor
+    var: Tensor
+    global_mean: Tensor
+    global_var: Tensor
+
+
+class StatisticsAccumulator:
+    """Exact per-class statistics from batches of any size and order, in float64.
+
+    Sums over images of m_j and of v_j + m_j² add up, so accumulators of parts of the data
+    merge without loss; averaging variances over batches would drop the variance between them.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.counts = torch.zeros(classes, dtype=torch.float64)
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, moments: dict[str, Moments], labels: Tensor) -> None:
+        """Add a batch: `record_input_moments`'s dictionary and the labels (N,) of its images."""
+        labels = labels.cpu()
+        self.counts += torch.bincount(labels, minlength=len(self.counts))
+        for name, (mean, var) in moments.items():
+            mean, var = mean.detach().double().cpu(), var.detach().double().cpu()
+            batch = torch.stack([mean, var + mean**2], 1)
+            if name not in self.sums:
+                self.sums[name] = torch.zeros(len(self.counts), *batch.shape[1:], dtype=torch.float64)
+            self.sums[name].index_add_(0, labels, batch)
+
+    def merge(self, other: StatisticsAccumulator) -> None:
+        """Add what `other` has seen."""
+        self.counts += other.counts
+        for name, sums in other.sums.items():
+            self.sums[name] = self.sums[name] + sums if name in self.sums else sums.clone()
+
+    def state(self) -> dict:
+        """Tensors to resume from; see `restore`."""
+        return {"counts": self.counts, "sums": self.sums}
+
+    def restore(self, state: dict) -> None:
+        """Continue from a `state`."""
+        self.counts, self.sums = state["counts"], dict(state["sums"])
+
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """Layer name → `LayerStatistics` in float64. A class without images has NaN."""
+
+        def moments(sums: Tensor, count: Tensor) -> Moments:
+            mean, second = (sums / count).unbind(-2)
+            return mean, (second - mean**2).clamp(min=0)
+
+        return {
+            name: LayerStatistics(
+                *moments(sums, self.counts[:, None, None]), *moments(sums.sum(0), self.counts.sum())
+            )
+            for name, sums in self.sums.items()
+        }

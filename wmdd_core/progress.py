@@ -1,0 +1,94 @@
+"""Long loops: a line now and then, a checkpoint now and then, and going on after a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+RESUMABLE_EXIT = 75
+"""Exit status of a job that was told to stop and has saved its state (EX_TEMPFAIL)."""
+
+
+class Progress:
+    """Reports and saves the state of one loop of `total` steps.
+
+    A loop asks `resume` for a state to go on from and calls `step` after each step. `checkpoint`
+    is where states go (None: nowhere); `stamp` identifies the exact settings and inputs, and a
+    checkpoint with another stamp is ignored and replaced. On SIGTERM the state is saved at the end
+    of the step and the process exits with status 75.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        checkpoint: Path | None = None,
+        stamp: str = "",
+        *,
+        report_every: float = 10.0,
+        save_every: float = 60.0,
+    ) -> None:
+        self.label, self.checkpoint, self.stamp = label, checkpoint, stamp
+        self.report_every, self.save_every = report_every, save_every
+        self.started = self.reported = self.saved = time.monotonic()
+        self.first: int | None = None
+        self.terminated = False
+        if checkpoint is not None:
+            signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, _signal: int, _frame: object) -> None:
+        self.terminated = True
+
+    def resume(self) -> dict | None:
+        """The saved state of these very settings, or None to start afresh."""
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return None
+        import torch
+
+        saved = torch.load(self.checkpoint, weights_only=True)
+        if saved["stamp"] != self.stamp:
+            self._say("a checkpoint of other settings or inputs was found and is ignored; starting afresh")
+            return None
+        self._say(f"resuming after step {saved['index'] + 1}")
+        return saved["state"]
+
+    def step(
+        self,
+        index: int,
+        total: int,
+        state: Callable[[], dict],
+        figures: Callable[[], dict[str, float]],
+    ) -> None:
+        """Step `index` (from 0) of `total` is done; the callables are called only when they are needed."""
+        now = time.monotonic()
+        self.first = index if self.first is None else self.first
+        if now - self.reported >= self.report_every or index + 1 == total:
+            self.reported = now
+            left = (now - self.started) / max(1, index + 1 - self.first) * (total - index - 1)
+            told = "  ".join(f"{k} {v:.4g}" for k, v in figures().items())
+            self._say(f"{index + 1}/{total}  {told}  {now - self.started:.0f} s, {left:.0f} s left")
+        if self.checkpoint is not None and (self.terminated or now - self.saved >= self.save_every):
+            self._save(index, state())
+            self.saved = time.monotonic()
+        if self.terminated:
+            self._say("told to stop; the state is saved and the next run goes on from it")
+            sys.exit(RESUMABLE_EXIT)
+
+    def finish(self) -> None:
+        """The outputs are in place: the checkpoint has done its work."""
+        if self.checkpoint is not None:
+            self.checkpoint.unlink(missing_ok=True)
+
+    def _save(self, index: int, state: dict) -> None:
+        import torch
+
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.checkpoint.with_name(f"{self.checkpoint.name}.{os.getpid()}.tmp")
+        torch.save({"stamp": self.stamp, "index": index, "state": state}, temporary)
+        os.replace(temporary, self.checkpoint)
+
+    def _say(self, text: str) -> None:
+        print(f"{self.label}: {text}", flush=True)

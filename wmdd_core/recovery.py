@@ -1,0 +1,351 @@
+"""Recover: optimise synthetic images so that their features and BatchNorm statistics match (Eq. 15).
+
+One loop serves WMDD, SRe2L, CDA and every cell of the ablation; what differs is a setting. For the
+classes c of a shard, with images j, features f_e, barycenter atoms b and weights w:
+
+    L = L_feature + λ L_BN
+    L_feature = Σ_c Σ_j ‖f_e(x̃_cj) − b_cj‖²                                  feature_term = barycenter
+    L_BN      = Σ_c Σ_l (‖mean_l(x̃_c) − BNmean_cl‖² + ‖var_l(x̃_c) − BNvar_cl‖²)  bn_term = per_class
+
+mean_l and var_l are taken at the input of BatchNorm layer l, over the class's images (weighted by w)
+and all pixels. `loss_form="paper"` is the above. `loss_form="released"` is what the released code
+minimises: ‖F − B‖_F over the batch and Σ_l mean_c (‖Δmean‖ + ‖Δvar‖), norms instead of squares, so
+that the balance between the terms depends on the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wmdd_core.augmentation import Views, apply_views, draw_views
+from wmdd_core.batchnorm import LayerStatistics, Moments, group_moments, record_input_moments
+from wmdd_core.discrepancies import mmd_linear, mmd_rbf, sliced_wasserstein
+from wmdd_core.errors import UserError
+from wmdd_core.models import Classifier
+from wmdd_core.progress import Progress
+from wmdd_core.seeding import torch_generator
+
+SET_TERMS = ("mmd_linear", "mmd_rbf", "sliced_wasserstein")
+"""Feature terms that compare a class's set of features with a mini-batch of its real ones."""
+FEATURE_TERMS = ("barycenter", "cross_entropy", *SET_TERMS, "none")
+BN_TERMS = ("per_class", "global", "none")
+LOSS_FORMS = ("paper", "released")
+
+VIEW_BLOCK = 500
+"""Views are drawn for this many steps at once; part of what a seed means, so never a setting."""
+
+CHECK_EVERY = 50
+"""Losses stay on the device for this many steps before they are looked at."""
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """How to recover. Table 6 of the paper: iterations, learning_rate, lambda_bn; the rest as released.
+
+    `ce_weight` adds cross-entropy to any feature term (the released code: 1; the paper: 0).
+    `first_bn_multiplier` scales the first layer's part of the BatchNorm term (SRe2L: 10).
+    `crop_scale_start` above `crop_scale_min` is CDA's curriculum: the lower bound of the crop scale
+    falls from one to the other by a cosine. `roll` is in pixels. `real_batch` is the number of real
+    features per class and step for the set terms.
+    """
+
+    iterations: int
+    learning_rate: float
+    lambda_bn: float
+    feature_term: str = "barycenter"
+    bn_term: str = "per_class"
+    loss_form: str = "paper"
+    ce_weight: float = 0.0
+    first_bn_multiplier: float = 1.0
+    crop_scale_min: float = 0.08
+    crop_scale_start: float | None = None
+    flip: bool = True
+    roll: int = 32
+    real_batch: int = 256
+    directions: int = 128
+    beta1: float = 0.5
+    beta2: float = 0.9
+
+    def __post_init__(self) -> None:
+        for key, known in (("feature_term", FEATURE_TERMS), ("bn_term", BN_TERMS), ("loss_form", LOSS_FORMS)):
+            if getattr(self, key) not in known:
+                raise UserError(f"{key} is {getattr(self, key)!r}; known are {', '.join(known)}")
+        if not (math.isfinite(self.lambda_bn) and self.lambda_bn >= 0):
+            raise UserError(f"lambda_bn is {self.lambda_bn}; it must be zero or a positive number")
+
+    def crop_scale_at(self, steps: Tensor) -> Tensor:
+        """Lower bound of the crop scale at each of `steps`."""
+        if self.crop_scale_start is None:
+            return torch.full(steps.shape, self.crop_scale_min)
+        fall = self.crop_scale_start - self.crop_scale_min
+        return self.crop_scale_min + fall * 0.5 * (1 + torch.cos(math.pi * steps / self.iterations))
+
+    def learning_rate_at(self, step: int) -> float:
+        """Cosine decay to zero, per step."""
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.iterations))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The images of one job and what each is to match; rows of `images` are grouped by class.
+
+    `classes` (G,) are the class indices present, `group` (M,) the row of `classes` of each image,
+    `index` (M,) the image's number within its class, `weights` (M,) sum to 1 in each class,
+    `atoms` (M, D) the barycenter's support (or None), `real_features(class, count, generator)`
+    draws real features for the set terms, `statistics` holds the real BatchNorm statistics by layer.
+    """
+
+    classes: Tensor
+    group: Tensor
+    index: Tensor
+    weights: Tensor
+    statistics: dict[str, LayerStatistics]
+    atoms: Tensor | None = None
+    real_features: Callable[[int, int, torch.Generator], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """`images` (M, 3, R, R) normalised float32, and the unscaled loss terms of every step.
+
+    `losses` maps feature_loss, bn_loss and ce_loss to (iterations, G), one column a class of the shard
+    (one column in all for the global BatchNorm term).
+    """
+
+    images: Tensor
+    losses: dict[str, Tensor]
+
+
+def recover_images(
+    model: Classifier,
+    shard: Shard,
+    settings: RecoverySettings,
+    *,
+    resolution: int,
+    mean: Tensor,
+    std: Tensor,
+    seed_names: tuple,
+    device: torch.device,
+    initial: Tensor | None = None,
+    precision: AbstractContextManager | None = None,
+    progress: Progress | None = None,
+) -> Recovered:
+    """Optimise the images of `shard` against a frozen teacher with Adam.
+
+    Images start from N(0, 1) in normalised space, or from `initial` (M, 3, R, R) normalised. Noise
+    and views are drawn from `seed_names` with class, image and step, so a class's images do
+    not depend on which classes share its shard (with `bn_term` per_class and loss_form paper).
+    After each step every channel is clamped to what a pixel can hold; the last iterate is kept.
+
+    Raises `UserError` naming step, class and term when a loss is not finite.
+    """
+    images = initial if initial is not None else initial_noise(shard, resolution, seed_names)
+    images = images.to(device).contiguous().requires_grad_(True)
+    optimizer = torch.optim.Adam(
+        [images], lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True
+    )
+    low, high = ((bound - v).view(1, 3, 1, 1).to(device) for bound, v in ((0, mean), (1, mean)))
+    low, high = low / std.view(1, 3, 1, 1).to(device), high / std.view(1, 3, 1, 1).to(device)
+    objective = Objective(model, shard, settings, seed_names, device)
+    views = ShardViews(shard, settings, resolution, seed_names)
+    curves: dict[str, list[Tensor]] = {}
+    first = 0
+    if progress and (state := progress.resume()):
+        with torch.no_grad():
+            images.copy_(state["images"])
+        optimizer.load_state_dict(state["optimizer"])
+        curves = {name: list(curve) for name, curve in state["losses"].items()}
+        first = state["step"] + 1
+
+    for step in range(first, settings.iterations):
+        optimizer.param_groups[0]["lr"] = settings.learning_rate_at(step)
+        optimizer.zero_grad(set_to_none=True)
+        with precision or nullcontext():
+            terms, total = objective(apply_views(images, views.at(step)), step)
+        total.backward()
+        optimizer.step()
+        with torch.no_grad():
+            images.clamp_(low, high)
+        for name, values in terms.items():
+            curves.setdefault(name, []).append(values.detach())
+        if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.iterations:
+            for name, curve in curves.items():
+                _check_finite(name, curve[step + 1 - (step % CHECK_EVERY + 1) :], step, shard)
+        if progress:
+            progress.step(
+                step,
+                settings.iterations,
+                lambda: {
+                    "images": images.detach(),
+                    "optimizer": optimizer.state_dict(),
+                    "losses": {n: torch.stack(c).cpu() for n, c in curves.items()},
+                    "step": step,  # noqa: B023
+                },
+                lambda: {n: float(c[-1].sum()) for n, c in curves.items()},
+            )
+    losses = {n: torch.stack([v.cpu() for v in c]) for n, c in curves.items()}
+    return Recovered(images.detach().cpu(), losses)
+
+
+def initial_noise(shard: Shard, resolution: int, seed_names: tuple) -> Tensor:
+    """N(0, 1) images (M, 3, R, R), each from the seed of its class and number."""
+    return torch.stack(
+        [
+            torch.randn(3, resolution, resolution, generator=torch_generator(*seed_names, "noise", c, i))
+            for c, i in zip(shard.classes[shard.group].tolist(), shard.index.tolist(), strict=True)
+        ]
+    )
+
+
+class ShardViews:
+    """One view for each class and step, shared by the class's images, drawn a block of steps at a time."""
+
+    def __init__(self, shard: Shard, settings: RecoverySettings, resolution: int, seed_names: tuple) -> None:
+        self.shard, self.settings, self.resolution, self.seed_names = shard, settings, resolution, seed_names
+        self.block = -1
+        self.drawn: list[Views] = []
+
+    def at(self, step: int) -> Views:
+        """The views of the M images at `step`."""
+        block, row = divmod(step, VIEW_BLOCK)
+        if block != self.block:
+            self.block, self.drawn = block, self._draw(block)
+        return self.drawn[row]
+
+    def _draw(self, block: int) -> list[Views]:
+        steps = torch.arange(block * VIEW_BLOCK, (block + 1) * VIEW_BLOCK)
+        by_class = [
+            draw_views(
+                VIEW_BLOCK,
+                self.resolution,
+                torch_generator(*self.seed_names, "recovery views", c, block),
+                crop_scale_min=self.settings.crop_scale_at(steps),
+                flip=self.settings.flip,
+                roll=self.settings.roll,
+            )
+            for c in self.shard.classes.tolist()
+        ]
+        fields = {name: torch.stack([getattr(v, name) for v in by_class], 1) for name in vars(by_class[0])}
+        return [
+            Views(**{name: values[row][self.shard.group] for name, values in fields.items()})
+            for row in range(VIEW_BLOCK)
+        ]
+
+
+class Objective:
+    """Eq. 15 and its variants for one shard: viewed images → terms by class, and the total to minimise."""
+
+    def __init__(
+        self,
+        model: Classifier,
+        shard: Shard,
+        settings: RecoverySettings,
+        seed_names: tuple,
+        device: torch.device,
+    ) -> None:
+        self.model, self.settings, self.seed_names = model, settings, seed_names
+        self.shard, self.device = shard, device
+        self.group = shard.group.to(device)
+        self.labels = shard.classes[shard.group].to(device)
+        if settings.feature_term == "barycenter":
+            if shard.atoms is None:
+                raise UserError("feature_term barycenter needs the barycenter's atoms; none were given")
+            self.atoms = shard.atoms.float().to(device)
+        self.class_weights = torch.zeros(len(shard.classes), len(shard.group), device=device)
+        self.class_weights[self.group, torch.arange(len(shard.group))] = shard.weights.float().to(device)
+        self.targets = self._bn_targets(shard.statistics)
+
+    def _bn_targets(self, statistics: dict[str, LayerStatistics]) -> dict[str, Moments]:
+        def moments(layer: LayerStatistics) -> Moments:
+            if self.settings.bn_term == "global":
+                return layer.global_mean[None], layer.global_var[None]
+            return layer.mean[self.shard.classes], layer.var[self.shard.classes]
+
+        return {n: tuple(t.float().to(self.device) for t in moments(s)) for n, s in statistics.items()}
+
+    def __call__(self, viewed: Tensor, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        with record_input_moments(self.model) as moments:
+            features = self.model.features(viewed)
+        features = features.float()
+        settings, paper = self.settings, self.settings.loss_form == "paper"
+        terms: dict[str, Tensor] = {}
+        total = features.new_zeros(())
+        if settings.feature_term not in ("none", "cross_entropy"):
+            terms["feature_loss"] = self.feature_loss(features, step)
+            summed = terms["feature_loss"].sum()
+            # A tiny floor keeps the gradient of the norm finite when the match is exact.
+            total = total + (summed if paper else (summed + 1e-12).sqrt())
+        ce_weight = settings.ce_weight + (settings.feature_term == "cross_entropy")
+        if ce_weight:
+            logits = self.model.classifier(features)
+            ce = F.cross_entropy(logits.float(), self.labels, reduction="none")
+            terms["ce_loss"] = self._sum_by_class(ce)
+            total = total + ce_weight * terms["ce_loss"].sum() / (1 if paper else len(ce))
+        if settings.bn_term != "none":
+            terms["bn_loss"] = self.bn_loss(moments)
+            # The global term counts once for each class, so that λ weighs the same number of images.
+            scale = len(self.shard.classes) if paper else 1
+            total = total + settings.lambda_bn * scale * terms["bn_loss"].mean()
+        return terms, total
+
+    def feature_loss(self, features: Tensor, step: int) -> Tensor:
+        """The feature term of each class, (M, D) → (G,), squared distances."""
+        if self.settings.feature_term == "barycenter":
+            return self._sum_by_class((features - self.atoms).square().sum(1))
+        return torch.stack([self._set_distance(features, g, step) for g in range(len(self.shard.classes))])
+
+    def _set_distance(self, features: Tensor, group: int, step: int) -> Tensor:
+        chosen = self.group == group
+        label = int(self.shard.classes[group])
+        generator = torch_generator(*self.seed_names, "real features", label, step)
+        real = self.shard.real_features(label, self.settings.real_batch, generator).to(self.device)
+        own, count = features[chosen], int(chosen.sum())
+        match self.settings.feature_term:
+            case "mmd_linear":
+                return count * mmd_linear(own, real)
+            case "mmd_rbf":
+                return count * mmd_rbf(own, real)
+            case "sliced_wasserstein":
+                # One direction sees 1/D of a squared distance; D makes the scale that of the others.
+                distance = sliced_wasserstein(own, real, generator=generator, count=self.settings.directions)
+                return count * features.shape[1] * distance
+        raise AssertionError(self.settings.feature_term)
+
+    def bn_loss(self, moments: dict[str, Moments]) -> Tensor:
+        """The BatchNorm term of each class (G,), or (1,) for the global statistics."""
+        if self.settings.bn_term == "global":
+            weights = torch.full_like(self.class_weights[:1], 1 / self.class_weights.shape[1])
+        else:
+            weights = self.class_weights
+        loss = 0
+        for position, (name, target) in enumerate(self.targets.items()):
+            parts = [
+                (own - wanted).square().sum(1)
+                for own, wanted in zip(group_moments(moments[name], weights), target, strict=True)
+            ]
+            if self.settings.loss_form == "released":
+                parts = [(part + 1e-12).sqrt() for part in parts]
+            loss = loss + (self.settings.first_bn_multiplier if position == 0 else 1) * (parts[0] + parts[1])
+        return loss
+
+    def _sum_by_class(self, values: Tensor) -> Tensor:
+        return values.new_zeros(len(self.shard.classes)).index_add(0, self.group, values)
+
+
+def _check_finite(name: str, recent: list[Tensor], last: int, shard: Shard) -> None:
+    values = torch.stack(recent).cpu()
+    if values.isfinite().all():
+        return
+    row, column = (~values.isfinite()).nonzero()[0].tolist()
+    owner = f"class {int(shard.classes[column])}" if values.shape[1] > 1 or len(shard.classes) == 1 else "all classes"
+    raise UserError(
+        f"{name} of {owner} is {values[row, column]:g} at iteration {last + 2 - len(recent) + row}; "
+        "lower learning_rate or lambda_bn"
+    )

@@ -1,0 +1,165 @@
+"""Soft labels (FKD): the teacher's logits on replayable views, and the student's loss on them.
+
+Fast knowledge distillation labels each image once per epoch on one random view. A view is drawn
+from (seed, epoch) and the number of images alone, so the student redraws exactly the views that
+were labelled; batch size and order are free on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wmdd_core.augmentation import Views, draw_views, view_batch
+from wmdd_core.models import Classifier
+from wmdd_core.progress import Progress
+from wmdd_core.seeding import torch_generator
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """What the views of a recipe look like; equal settings and seed give equal views."""
+
+    seed: int
+    crop_scale_min: float
+    flip: bool
+    cutmix: bool
+
+    def views(self, epoch: int, count: int, resolution: int) -> Views:
+        """The views of `count` images in `epoch`."""
+        generator = torch_generator(self.seed, "label views", epoch)
+        return draw_views(
+            count,
+            resolution,
+            generator,
+            crop_scale_min=self.crop_scale_min,
+            flip=self.flip,
+            cutmix=self.cutmix,
+        )
+
+
+@torch.no_grad()
+def label_views(
+    teacher: Classifier,
+    images: Tensor,
+    settings: ViewSettings,
+    mean: Tensor,
+    std: Tensor,
+    labels: np.ndarray,
+    *,
+    teacher_mode: str = "eval",
+    batch_size: int = 100,
+    progress: Progress | None = None,
+) -> None:
+    """Fill `labels` (epochs, M, classes) float16 with the teacher's logits on each epoch's views.
+
+    `images` are uint8 (M, 3, R, R) on the teacher's device; `labels` may be a memory map.
+    `teacher_mode`: "eval" normalises with the running statistics; "batch" with those of each batch,
+    as SRe2L's CIFAR relabelling does, and then the labels depend on `batch_size`.
+    """
+    teacher.eval()
+    if teacher_mode == "batch":
+        teacher.train()
+        for module in teacher.modules():
+            if hasattr(module, "track_running_stats"):
+                module.momentum = 0.0  # look at the batch, leave the running statistics alone
+    first = state["epochs"] if progress and (state := progress.resume()) else 0
+    for epoch in range(first, len(labels)):
+        views = settings.views(epoch, len(images), images.shape[-1])
+        for chosen in torch.arange(len(images)).split(batch_size):
+            logits = teacher(view_batch(images, views, chosen, mean, std))
+            labels[epoch, chosen.numpy()] = logits.half().cpu().numpy()
+        if progress:
+            progress.step(epoch, len(labels), lambda: _flushed(labels, {"epochs": epoch + 1}), dict)  # noqa: B023
+
+
+def _flushed(array: np.ndarray, state: dict) -> dict:
+    if isinstance(array, np.memmap):
+        array.flush()
+    return state
+
+
+def soft_label_batches(
+    images: Tensor,
+    weights: Tensor,
+    labels: np.ndarray,
+    settings: ViewSettings,
+    batch_size: int,
+    mean: Tensor,
+    std: Tensor,
+    seed_names: tuple,
+) -> Callable[[int], Iterator[tuple[Tensor, Tensor, Tensor]]]:
+    """Epochs of (views, teacher logits, weights) of distilled images, uint8 (M, 3, R, R), shuffled by seed.
+
+    `weights` (M,) average 1; the views are those that `label_views` labelled.
+    """
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        views = settings.views(epoch, len(images), images.shape[-1])
+        logits = torch.from_numpy(np.array(labels[epoch])).float()
+        for chosen in shuffled(len(images), batch_size, seed_names, epoch):
+            inputs = view_batch(images, views, chosen, mean, std)
+            yield inputs, logits[chosen].to(inputs.device), weights[chosen].to(inputs.device)
+
+    return batches
+
+
+def hard_label_batches(
+    images: Tensor,
+    weights: Tensor,
+    labels: Tensor,
+    settings: ViewSettings,
+    batch_size: int,
+    mean: Tensor,
+    std: Tensor,
+    seed_names: tuple,
+) -> Callable[[int], Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]]:
+    """Epochs of (views, own class, pasted class, pasted share, weights): the same views, class indices as labels."""
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        resolution = images.shape[-1]
+        views = settings.views(epoch, len(images), resolution)
+        for chosen in shuffled(len(images), batch_size, seed_names, epoch):
+            inputs = view_batch(images, views, chosen, mean, std)
+            mixed = views[chosen]
+            share = mixed.patch[:, 2:].prod(1) / resolution**2
+            targets = (labels[chosen], labels[mixed.partner], share, weights[chosen])
+            yield inputs, *(t.to(inputs.device) for t in targets)
+
+    return batches
+
+
+def shuffled(count: int, batch_size: int, seed_names: tuple, epoch: int) -> tuple[Tensor, ...]:
+    """A random order of `count` indices for `epoch`, in batches; a last batch of one joins the one before."""
+    order = torch.randperm(count, generator=torch_generator(*seed_names, "order", epoch))
+    parts = list(order.split(batch_size))
+    if len(parts) > 1 and len(parts[-1]) == 1:  # BatchNorm has no variance in a batch of one
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return tuple(parts)
+
+
+def soft_label_loss(temperature: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """KL(teacher ‖ student) at `temperature`, weighted mean over images, without the factor T².
+
+    The loss is (1/B) Σ_i w_i KL(softmax(t_i / T) ‖ softmax(s_i / T)).
+    """
+
+    def loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+        log_student = F.log_softmax(student / temperature, 1)
+        log_teacher = F.log_softmax(teacher / temperature, 1)
+        divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+        return (weights * divergence).mean()
+
+    return loss
+
+
+def mixed_label_loss(student: Tensor, own: Tensor, pasted: Tensor, share: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy of CutMix: (1 − share) · CE(own class) + share · CE(pasted class), weighted mean."""
+    ce_own = F.cross_entropy(student, own, reduction="none")
+    ce_pasted = F.cross_entropy(student, pasted, reduction="none")
+    return (weights * ((1 - share) * ce_own + share * ce_pasted)).mean()

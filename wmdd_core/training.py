@@ -1,0 +1,196 @@
+"""Training and testing of teachers and students: one loop for every kind of target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wmdd_core.augmentation import draw_views, normalise, view_batch
+from wmdd_core.errors import UserError
+from wmdd_core.progress import Progress
+from wmdd_core.seeding import torch_generator
+
+Batch = tuple[Tensor, ...]
+"""Network input first; whatever the loss needs after it."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to optimise: `sgd` (with Nesterov-free momentum), `adam` or `adamw`; cosine decay per epoch.
+
+    `smoothing` stretches the cosine: lr_e = lr · ½(1 + cos(π e / (smoothing · epochs))), 1 ends at 0.
+    Weight decay applies to weights of more than one dimension when `decay_matrices_only`.
+    """
+
+    epochs: int
+    optimizer: str
+    learning_rate: float
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    decay_matrices_only: bool = False
+    smoothing: float = 1.0
+
+    def learning_rate_at(self, epoch: int) -> float:
+        """The learning rate in `epoch`, counted from 0."""
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / (self.smoothing * self.epochs)))
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser of `model`'s parameters."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if self.decay_matrices_only:
+            groups = [
+                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
+                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+        else:
+            groups = [{"params": parameters, "weight_decay": self.weight_decay}]
+        match self.optimizer:
+            case "sgd":
+                return torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
+            case "adam":
+                return torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
+            case "adamw":
+                return torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
+        raise UserError(f"unknown optimizer {self.optimizer!r}; known are sgd, adam, adamw")
+
+
+@dataclass
+class Curve:
+    """What happened in each epoch: mean training loss, and accuracy where it was measured."""
+
+    epoch: list[int] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    top1: list[float | None] = field(default_factory=list)
+
+    def rows(self) -> Iterator[tuple[int, float, float | None]]:
+        """(epoch, training loss, top-1 or None), an epoch each."""
+        return zip(self.epoch, self.train_loss, self.top1, strict=True)
+
+
+def fit(
+    model: nn.Module,
+    schedule: Schedule,
+    batches: Callable[[int], Iterable[Batch]],
+    loss: Callable[..., Tensor],
+    *,
+    test: Callable[[], float] | None = None,
+    test_every: int = 0,
+    precision: AbstractContextManager | None = None,
+    progress: Progress | None = None,
+) -> Curve:
+    """Train `model` in place for `schedule.epochs` epochs; the last epoch is the result.
+
+    `batches(epoch)` yields (inputs, *targets), drawn from the epoch's number alone so that a resumed
+    run sees what an uninterrupted one sees; `loss(logits, *targets)` gives a scalar. `test()` is
+    called every `test_every` epochs (0: never) and only recorded, never used to choose anything.
+    """
+    optimizer = schedule.build_optimizer(model)
+    curve, first = Curve(), 0
+    if progress and (state := progress.resume()):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        curve, first = Curve(**state["curve"]), len(state["curve"]["epoch"])
+    for epoch in range(first, schedule.epochs):
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate_at(epoch)
+        total, count = 0.0, 0
+        for inputs, *targets in batches(epoch):
+            with precision or nullcontext():
+                logits = model(inputs)
+            batch_loss = loss(logits.float(), *targets)
+            optimizer.zero_grad(set_to_none=True)
+            batch_loss.backward()
+            optimizer.step()
+            total, count = total + batch_loss.detach() * len(inputs), count + len(inputs)
+        mean = float(total) / count
+        if not math.isfinite(mean):
+            raise UserError(f"the training loss is {mean} in epoch {epoch + 1}; lower the learning rate")
+        due = test is not None and test_every and (epoch + 1) % test_every == 0 and epoch + 1 < schedule.epochs
+        curve.epoch.append(epoch + 1)
+        curve.train_loss.append(mean)
+        curve.top1.append(test() if due else None)
+        if progress:
+            progress.step(
+                epoch,
+                schedule.epochs,
+                lambda: {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "curve": {"epoch": curve.epoch, "train_loss": curve.train_loss, "top1": curve.top1},
+                },
+                lambda: {"loss": curve.train_loss[-1]},
+            )
+    return curve
+
+
+def real_batches(
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    mean: Tensor,
+    std: Tensor,
+    seed_names: tuple,
+    *,
+    crop_scale_min: float,
+    flip: bool,
+    device: torch.device,
+) -> Callable[[int], Iterator[Batch]]:
+    """Batches of resident real images, uint8 (N, 3, R, R), freshly cropped and flipped in each epoch."""
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        generator = torch_generator(*seed_names, "epoch", epoch)
+        order = torch.randperm(len(images), generator=generator)
+        views = draw_views(
+            len(images), images.shape[-1], generator, crop_scale_min=crop_scale_min, flip=flip
+        )
+        for chosen in order.split(batch_size):
+            if len(chosen) > 1 or len(images) == 1:  # BatchNorm has no variance in a batch of one
+                yield view_batch(images, views, chosen, mean, std), labels[chosen].to(device)
+
+    return batches
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    precision: AbstractContextManager | None = None,
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent over (normalised images, labels) batches, in evaluation mode."""
+    training = model.training
+    model.eval()
+    hits, count = 0, 0
+    for images, labels in batches:
+        with precision or nullcontext():
+            logits = model(images)
+        ranked = logits.float().topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+        hits = hits + torch.stack([ranked[:, 0].sum(), ranked.any(1).sum()])
+        count += len(labels)
+    model.train(training)
+    top1, top5 = (100 * hits.double() / count).tolist()
+    return {"top1": top1, "top5": top5, "count": count}
+
+
+def test_batches(
+    images: Tensor, labels: Tensor, mean: Tensor, std: Tensor, device: torch.device, batch_size: int = 500
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised batches of uint8 images (N, 3, R, R) with their labels, unaugmented and in order."""
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size].to(device)
+        yield normalise(batch, mean, std), labels[start : start + batch_size].to(device)
+
+
+test_batches.__test__ = False  # a name that pytest would collect
+
+
+def hard_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy against class indices (N,)."""
+    return F.cross_entropy(logits, labels)

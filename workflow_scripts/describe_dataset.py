@@ -1,0 +1,19 @@
+"""Check a dataset and say what it holds: classes, counts, sizes, mean and deviation, unreadable files."""
+
+from wmdd_core.artifacts import digest, write_json
+from wmdd_core.data import describe
+from workflow_scripts.job import Job, run
+
+
+def main(job: Job) -> None:
+    description = describe(job.settings, workers=job.threads)
+    header = job.header()
+    # What follows depends on what was found, not only on where it was looked for.
+    header["lineage"][job.rule] = digest([header["lineage"][job.rule], description])
+    write_json(job.output["description"], description, header)
+    for split in ("train", "test"):
+        print(f"{split}: {description[split]['count']} images in {len(description['classes'])} classes")
+
+
+if __name__ == "__main__":
+    run(main)

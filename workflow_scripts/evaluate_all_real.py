@@ -1,0 +1,46 @@
+"""The ceiling: train a student on all real images with hard labels; test it on the real test set."""
+
+from wmdd_core.artifacts import write_json
+from wmdd_core.models import build_model
+from wmdd_core.seeding import derive_seed
+from wmdd_core.training import accuracy, fit, hard_label_loss, real_batches, test_batches
+from workflow_scripts.job import Job, precision, run
+from workflow_scripts.pretrain_teacher import network_of, schedule_of
+from workflow_scripts.real_images import normalisation, open_images, read_description, resident
+
+
+def main(job: Job) -> None:
+    recipe, device = job.settings["recipe"], job.device()
+    description = read_description(job)
+    mean, std = normalisation(description)
+    inputs = [description["header"]]
+    train, train_labels = resident(open_images(job, description, "train"), device)
+    names = (job.settings["seed"], job.wildcards["dataset"], "all real", job.wildcards["seed"])
+    model = build_model(**network_of(job.settings["student"], description), seed=derive_seed(*names)).to(device)
+    progress = job.progress(inputs)
+    batches = real_batches(
+        train,
+        train_labels,
+        recipe["batch_size"],
+        mean,
+        std,
+        names,
+        crop_scale_min=recipe["crop_scale_min"],
+        flip=job.settings["flip"],
+        device=device,
+    )
+    curve = fit(
+        model, schedule_of(recipe), batches, hard_label_loss, precision=precision(device), progress=progress
+    )
+    test, test_labels = resident(open_images(job, description, "test"), device)
+    tested = accuracy(
+        model, test_batches(test, test_labels, mean, std, device), precision=precision(device)
+    )
+    content = {**tested, "labels": "hard", "train_loss": curve.train_loss[-1]}
+    write_json(job.output["evaluation"], content, job.header(inputs))
+    progress.finish()
+    print(f"top-1 {tested['top1']:.2f} %, top-5 {tested['top5']:.2f} % on {tested['count']} test images")
+
+
+if __name__ == "__main__":
+    run(main)

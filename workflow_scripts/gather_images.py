@@ -1,0 +1,83 @@
+"""Gather the shards of a distilled set into one file, a header and a folder of PNGs."""
+
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from wmdd_core.artifacts import read_tensors, replacing, write_json, write_tensors, write_text
+from wmdd_core.augmentation import quantise
+from wmdd_core.errors import UserError
+from workflow_scripts.job import Job, run
+from workflow_scripts.real_images import normalisation, read_description
+
+
+def folder_name(number: int, name: str) -> str:
+    """A class's folder: its number keeps the order, and what a file system dislikes becomes `_`."""
+    return f"{number:04d}_{re.sub(r'[^0-9A-Za-z.-]+', '_', name)}"
+
+
+def write_png(path: str, images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> None:
+    """uint8 images as an ImageFolder, `<class>/<number>.png`."""
+    from PIL import Image
+
+    with replacing(path) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)
+        numbers = dict.fromkeys(range(len(classes)), 0)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            folder = Path(temporary) / folder_name(label, classes[label])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{numbers[label]:04d}.png")
+            numbers[label] += 1
+
+
+def write_losses(path: str, shards: list[dict], every: int = 10) -> None:
+    """The loss terms of the set, summed over shards and classes, each tenth iteration as CSV."""
+    names = [n for n in ("feature_loss", "ce_loss", "bn_loss") if n in shards[0]]
+    lines = [",".join(["iteration", *names])]
+    if names:
+        summed = torch.stack([sum(s[n].double().sum(1) for s in shards) for n in names], 1)
+        steps = sorted({*range(0, len(summed), every), len(summed) - 1})
+        lines += [",".join([str(i + 1), *(f"{v:.6g}" for v in summed[i].tolist())]) for i in steps]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def main(job: Job) -> None:
+    description = read_description(job)
+    mean, std = normalisation(description)
+    paths = job.input["shards"] if isinstance(job.input["shards"], list) else [job.input["shards"]]
+    parts, headers = zip(*(read_tensors(p) for p in paths), strict=True)
+    labels, index, weights = (torch.cat([p[n] for p in parts]) for n in ("labels", "index", "weights"))
+    images = torch.cat([p["images"] for p in parts])
+    ipc, classes = int(job.wildcards["ipc"]), description["classes"]
+    order = (labels * ipc + index).argsort()
+    images, labels, weights = images[order], labels[order], weights[order]
+    if not torch.equal(labels, torch.arange(len(classes)).repeat_interleave(ipc)):
+        raise UserError(f"the shards of {job.wildcards['method']} do not hold {ipc} images of each class; delete them")
+    if not images.isfinite().all():
+        raise UserError(f"the shards of {job.wildcards['method']} hold pixels that are not finite; delete them")
+    images = quantise(images, mean, std)
+    # A shard of some of a class's images has normalised their weights among themselves.
+    weights = weights / torch.zeros(len(classes), dtype=weights.dtype).index_add_(0, labels, weights)[labels]
+
+    header = job.header(
+        [description["header"], *headers],
+        method=headers[0]["settings"],
+        classes=classes,
+        images_per_class=ipc,
+        value_range="uint8, 0 to 255; feed (x / 255 − mean) / std to a network",
+        mean=description["mean"],
+        std=description["std"],
+        png_folders=[folder_name(c, name) for c, name in enumerate(classes)],
+    )
+    tensors = {"images": images, "labels": labels, "weights": weights.float()}
+    write_tensors(job.output["images"], tensors, header)
+    write_json(job.output["header"], {"tensors": {n: list(t.shape) for n, t in tensors.items()}}, header)
+    write_losses(job.output["losses"], list(parts))
+    write_png(job.output["png"], images, labels, classes)
+    print(f"{len(images)} images of {images.shape[-1]} pixels")
+
+
+if __name__ == "__main__":
+    run(main)

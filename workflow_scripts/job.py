@@ -1,0 +1,153 @@
+"""What every workflow script shares: its command line, device, header, progress and error texts.
+
+A script makes four moves: read, build, call one or two library functions, write. Its rule's command is
+`python -m workflow_scripts.<rule> JOB SETTINGS CODE --device D --threads N`, where JOB holds wildcards,
+input and output files as JSON and SETTINGS what the step reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from wmdd_core.artifacts import digest, make_header
+from wmdd_core.errors import UserError
+from wmdd_core.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a rule: files, wildcards, settings, and where to compute."""
+
+    rule: str
+    wildcards: dict[str, str]
+    input: dict
+    output: dict
+    settings: dict
+    code: str
+    device_name: str
+    threads: int
+    checkpoints: str
+
+    @property
+    def name(self) -> str:
+        """Rule and wildcards, as paths below a folder are made of them."""
+        return "/".join([self.rule, *self.wildcards.values()])
+
+    def header(self, inputs: Iterable[Mapping] = (), **more: object) -> dict:
+        """The header of this job's artefacts; `inputs` are the headers of what it read."""
+        return make_header(self.rule, self.wildcards, self.settings, self.code, inputs, **more)
+
+    def checkpoint(self, suffix: str = ".pt") -> Path:
+        """Where this job keeps its state, outside its outputs, which Snakemake removes before each try."""
+        return Path(self.checkpoints) / (self.name + suffix)
+
+    def progress(self, inputs: Iterable[Mapping]) -> Progress:
+        """Report and checkpoint a long loop that depends on these settings and `inputs` alone."""
+        header = self.header(inputs)
+        stamp = digest([header["lineage"], header["wildcards"], header["versions"]])
+        save_every = float(os.environ.get("WMDD_SAVE_EVERY", 60))
+        return Progress(self.name, self.checkpoint(), stamp, save_every=save_every)
+
+    def device(self) -> torch.device:
+        """The device that was asked for; `auto` is a free GPU if there is one, otherwise the CPU."""
+        import torch
+
+        if self.device_name != "auto":
+            return torch.device(self.device_name)
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", _free_gpu(torch.cuda.device_count()))
+
+
+_HELD: list[IO] = []
+"""Lock files, open for the life of the process."""
+
+
+def _free_gpu(count: int) -> int:
+    """The first GPU that no other job of this machine holds, so that two never share one by accident."""
+    while True:
+        for gpu in range(count):
+            file = open(f"/tmp/wmdd-gpu{gpu}-{os.getuid()}.lock", "w")  # noqa: SIM115
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.close()
+                continue
+            _HELD.append(file)
+            return gpu
+        print("every GPU is in use by another job; waiting", flush=True)
+        time.sleep(10)
+
+
+def precision(device: torch.device) -> AbstractContextManager:
+    """bfloat16 where a GPU multiplies, float32 elsewhere; losses and statistics are float32 everywhere."""
+    import torch
+
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def run(main: Callable[[Job], None]) -> None:
+    """Parse the command line, run `main`, and tell the user's mistakes in one line with exit status 1."""
+    rule = Path(sys.argv[0]).stem
+    parser = argparse.ArgumentParser(prog=f"python -m workflow_scripts.{rule}")
+    parser.add_argument("job", type=json.loads, help="wildcards, input and output files, as JSON")
+    parser.add_argument("settings", type=json.loads, help="what the step reads, as JSON")
+    parser.add_argument("code", help="hash of the code, for the header")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(given.threads))
+    job = Job(
+        rule,
+        given.job["wildcards"],
+        given.job["input"],
+        given.job["output"],
+        given.settings,
+        given.code,
+        given.device,
+        given.threads,
+        given.job["checkpoints"],
+    )
+    try:
+        with _alone(job):
+            main(job)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        sys.exit(f"error: cannot write {error.filename or 'an output'}: {error.strerror}; free or unlock it and rerun")
+
+
+@contextlib.contextmanager
+def _alone(job: Job):
+    """Hold the job's lock: a twin that an earlier, killed Snakemake left running finishes or dies first."""
+    path = job.checkpoint(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                print(f"another process is at work on {job.name}; waiting for it to end", flush=True)
+                time.sleep(5)
+        yield
+        path.unlink(missing_ok=True)

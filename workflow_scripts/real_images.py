@@ -1,0 +1,69 @@
+"""Reading a dataset's description and images, for the scripts that need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wmdd_core.artifacts import read_json
+from wmdd_core.augmentation import normalise
+from wmdd_core.data import ImageStore
+from wmdd_core.models import Classifier, build_model, load_weights
+from wmdd_core.sources import open_source
+from workflow_scripts.job import Job
+
+
+def open_images(job: Job, description: dict, split: str) -> ImageStore:
+    """The images of a split, sorted by class: the decoded file among the inputs, or the dataset's own files."""
+    path = job.input.get(split)
+    if path:
+        return ImageStore.from_array(path, labels_of(description, split))
+    settings = description["header"]["settings"]
+    skip = [u["file"] for u in description["unreadable"]]
+    return ImageStore.from_source(open_source(settings, split, skip), settings["resolution"])
+
+
+def labels_of(description: dict, split: str) -> np.ndarray:
+    """Class indices (N,) of a split, in the order of its images."""
+    counts = description[split]["per_class"]
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def resident(store: ImageStore, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All images, uint8 (N, 3, R, R), and labels (N,) on `device`."""
+    images = store.read(slice(None))
+    return images.to(device), torch.as_tensor(store.labels).to(device)
+
+
+def normalisation(description: dict) -> tuple[Tensor, Tensor]:
+    """Channel means and deviations in 0..1 units, float32 (3,)."""
+    return torch.tensor(description["mean"]), torch.tensor(description["std"])
+
+
+def in_order(
+    store: ImageStore, description: dict, device: torch.device, start: int, batch_size: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(position, normalised images, labels) from image `start` on, a batch at a time."""
+    mean, std = normalisation(description)
+    for position in range(start, len(store), batch_size):
+        chosen = np.arange(position, min(position + batch_size, len(store)))
+        images = store.read(chosen).to(device, non_blocking=True)
+        yield position, normalise(images, mean, std), torch.as_tensor(store.labels[chosen])
+
+
+def load_teacher(path: str, device: torch.device) -> tuple[Classifier, dict]:
+    """A teacher and the header of its checkpoint; the header says how to build it."""
+    from wmdd_core.artifacts import read_tensors
+
+    weights, header = read_tensors(path)
+    model = build_model(**header["network"], seed=0)
+    load_weights(model, weights, path)
+    return model.to(device), header
+
+
+def read_description(job: Job) -> dict:
+    """The dataset's description among the inputs."""
+    return read_json(job.input["description"])
