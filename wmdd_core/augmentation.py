@@ -107,7 +107,8 @@ def apply_views(images: Tensor, views: Views) -> Tensor:
     rows, columns = rows.to(images.dtype), columns.to(images.dtype)
     count, channels = images.shape[:2]
     across = torch.bmm(images.reshape(count, channels * resolution, resolution), columns.transpose(1, 2))
-    return rows[:, None] @ across.view(count, channels, resolution, resolution)
+    viewed = rows[:, None] @ across.view(count, channels, resolution, resolution)
+    return viewed.contiguous(memory_format=torch.channels_last)
 
 
 def resampling_matrix(
@@ -157,7 +158,7 @@ def view_batch(images: Tensor, views: Views, indices: Tensor, mean: Tensor, std:
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 (N, 3, R, R) → float32 with (x / 255 − mean) / std for each channel."""
     mean, std = (v.to(images.device).view(3, 1, 1) for v in (mean, std))
-    return (images.float() / 255 - mean) / std
+    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def quantise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

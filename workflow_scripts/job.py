@@ -48,7 +48,7 @@ class Job:
     @property
     def name(self) -> str:
         """Rule and wildcards, as paths below a folder are made of them."""
-        return "/".join([self.rule, *self.wildcards.values()])
+        return "/".join([self.rule, *(f"{key}-{value}" for key, value in self.wildcards.items())])
 
     def header(self, inputs: Iterable[Mapping] = (), **more: object) -> dict:
         """The header of this job's artefacts; `inputs` are the headers of what it read."""

@@ -1,0 +1,106 @@
+"""Views against torchvision-style cropping and interpolation, and CutMix against a written-out case."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wmdd_core.augmentation import (
+    Views,
+    apply_views,
+    draw_views,
+    mix_views,
+    normalise,
+    quantise,
+    view_batch,
+)
+from wmdd_core.seeding import torch_generator
+
+MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
+
+
+def images(count: int, resolution: int) -> torch.Tensor:
+    shape = (count, 3, resolution, resolution)
+    return torch.randint(0, 256, shape, generator=torch_generator("images"), dtype=torch.uint8)
+
+
+def test_views_equal_crop_interpolate_flip_and_roll():
+    x = images(40, 16).double()
+    views = draw_views(40, 16, torch_generator(1), crop_scale_min=0.08, flip=True, roll=5)
+    viewed = apply_views(x, views)
+    for i, image in enumerate(x):
+        top, left, height, width = views.box[i].tolist()
+        crop = image[None, :, top : top + height, left : left + width]
+        wanted = F.interpolate(crop, (16, 16), mode="bilinear", align_corners=False)[0]
+        if views.flip[i]:
+            wanted = wanted.flip(-1)
+        wanted = wanted.roll(views.roll[i].tolist(), (1, 2))
+        # The matrices are float32, so positions are exact to about 1e-6 pixels of a range of 255.
+        torch.testing.assert_close(viewed[i], wanted, atol=2e-3, rtol=0)
+
+
+def test_crops_are_distributed_as_torchvisions():
+    from torchvision.transforms import RandomResizedCrop
+
+    image = torch.zeros(3, 64, 64)
+    torch.manual_seed(0)
+    theirs = [RandomResizedCrop.get_params(image, [0.25, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
+    theirs = torch.tensor(theirs, dtype=torch.float64)
+    ours = draw_views(20000, 64, torch_generator(2), crop_scale_min=0.25).box.double()
+    for box in (ours, theirs):
+        top, left, height, width = box.T
+        assert (top >= 0).all() and (top + height <= 64).all() and (left + width <= 64).all()
+    # Means of top, left, height and width, and their deviations, to four standard errors.
+    tolerance = 4 * theirs.std(0) / 4000**0.5
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < tolerance).all()
+    assert ((ours.std(0) - theirs.std(0)).abs() < tolerance).all()
+
+
+def test_no_augmentation_is_the_identity():
+    x = images(3, 9).float()
+    torch.testing.assert_close(apply_views(x, draw_views(3, 9, torch_generator(3))), x)
+
+
+def test_a_scale_for_each_view_bounds_each_view():
+    scale = torch.tensor([1.0, 0.9, 0.08] * 200)
+    box = draw_views(600, 32, torch_generator(4), crop_scale_min=scale).box
+    area = box[:, 2] * box[:, 3] / 32**2
+    assert (area[0::3] == 1).all() and (area[1::3] > 0.85).all() and (area[2::3] < 0.5).any()
+
+
+def test_cutmix_pastes_the_patch_and_nothing_else():
+    own, partners = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
+    views = Views(*(torch.zeros(1, 4).long(), torch.zeros(1).bool(), torch.zeros(1, 2).long()), torch.tensor([0]), torch.tensor([[1, 2, 2, 1]]))
+    wanted = torch.zeros(4, 4)
+    wanted[1:3, 2] = 1
+    assert torch.equal(mix_views(views, own, partners)[0, 0], wanted)
+
+
+def test_cutmix_share_is_beta_one_one():
+    patch = draw_views(20000, 64, torch_generator(5), cutmix=True).patch.double()
+    whole = (patch[:, 0] > 0) & (patch[:, 1] > 0) & (patch[:, :2] + patch[:, 2:] < 64).all(1)
+    share = patch[whole, 2] * patch[whole, 3] / 64**2
+    assert 0 <= share.min() and share.max() < 1
+    partner = draw_views(100, 64, torch_generator(5), cutmix=True).partner
+    assert torch.equal(partner.sort().values, torch.arange(100))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_a_view_does_not_depend_on_its_batch(size):
+    """The student must see, bit for bit, what the teacher labelled, in whatever batches either works."""
+    x = images(20, 16)
+    views = draw_views(20, 16, torch_generator(6), crop_scale_min=0.08, flip=True, cutmix=True)
+    whole = view_batch(x, views, torch.arange(20), MEAN, STD)
+    order = torch.randperm(20, generator=torch_generator(7))
+    for chosen in order.split(size):
+        assert torch.equal(view_batch(x, views, chosen, MEAN, STD), whole[chosen])
+
+
+def test_gradients_flow_through_views():
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    views = draw_views(2, 8, torch_generator(8), crop_scale_min=0.3, flip=True, roll=2)
+    assert torch.autograd.gradcheck(lambda v: apply_views(v, views), (x,))
+
+
+def test_quantise_inverts_normalise():
+    x = images(5, 8)
+    assert torch.equal(quantise(normalise(x, MEAN, STD), MEAN, STD), x)

@@ -1,0 +1,117 @@
+"""Per-class BatchNorm statistics against direct computation in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from wmdd_core.batchnorm import (
+    StatisticsAccumulator,
+    group_moments,
+    image_moments,
+    record_input_moments,
+)
+from wmdd_core.models import build_model, freeze
+from wmdd_core.seeding import torch_generator
+
+
+def direct(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance over images and pixels, float64."""
+    flat = x.double().transpose(0, 1).flatten(1)
+    return flat.mean(1), flat.var(1, correction=0)
+
+
+def uneven_data() -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.tensor([0] * 1 + [1] * 17 + [2] * 40 + [3] * 5)
+    x = torch.randn(len(labels), 6, 5, 4, generator=torch_generator(0))
+    # A mean that is large beside the deviation is where E[x²] − mean² in float32 fails.
+    return x * 0.1 + 50 + labels.view(-1, 1, 1, 1), labels
+
+
+def accumulate(x, labels, sizes) -> StatisticsAccumulator:
+    accumulator = StatisticsAccumulator(4)
+    order = torch.randperm(len(x), generator=torch_generator(1))
+    for chosen in order.split(sizes):
+        accumulator.add({"layer": image_moments(x[chosen])}, labels[chosen])
+    return accumulator
+
+
+def test_statistics_are_exact_for_uneven_batches_and_classes():
+    x, labels = uneven_data()
+    statistics = accumulate(x, labels, [1, 30, 7, 20, 5]).statistics()["layer"]
+    for c in range(4):
+        mean, var = direct(x[labels == c])
+        torch.testing.assert_close(statistics.mean[c], mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(statistics.var[c], var, rtol=1e-4, atol=1e-6)
+    mean, var = direct(x)
+    torch.testing.assert_close(statistics.global_mean, mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(statistics.global_var, var, rtol=1e-6, atol=1e-6)
+
+
+def test_averaging_variances_over_batches_would_be_wrong():
+    """What the released code does; the test above can tell the difference."""
+    x, labels = uneven_data()
+    chosen = x[labels == 2]
+    averaged = torch.stack([direct(b)[1] for b in (chosen + torch.arange(40.0).view(-1, 1, 1, 1)).split(10)]).mean(0)
+    exact = direct(chosen + torch.arange(40.0).view(-1, 1, 1, 1))[1]
+    assert (averaged < 0.5 * exact).all()
+
+
+def test_merged_parts_equal_the_whole():
+    x, labels = uneven_data()
+    whole = accumulate(x, labels, 9).statistics()["layer"]
+    parts = accumulate(x[:20], labels[:20], 3)
+    parts.merge(accumulate(x[20:], labels[20:], 11))
+    merged = parts.statistics()["layer"]
+    for name in ("mean", "var", "global_mean", "global_var"):
+        torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm_layers", [3])
+def test_network_statistics_equal_a_direct_pass(norm_layers):
+    model = freeze(build_model("convnet", 4, 16, seed=0, width=8))
+    images = torch.randn(30, 3, 16, 16, generator=torch_generator(2))
+    labels = torch.arange(30) % 4
+    inputs = {}
+    hooks = [
+        m.register_forward_pre_hook(lambda _m, args, n=n: inputs.__setitem__(n, args[0].double()))
+        for n, m in model.named_modules()
+        if isinstance(m, nn.BatchNorm2d)
+    ]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    accumulator = StatisticsAccumulator(4)
+    with torch.no_grad(), record_input_moments(model) as moments:
+        for chosen in torch.arange(30).split([7, 20, 3]):
+            model.features(images[chosen])
+            accumulator.add(moments, labels[chosen])
+    statistics = accumulator.statistics()
+    assert len(statistics) == norm_layers and statistics.keys() == inputs.keys()
+    for name, x in inputs.items():
+        for c in range(4):
+            mean, var = direct(x[labels == c])
+            torch.testing.assert_close(statistics[name].mean[c], mean, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(statistics[name].var[c], var, rtol=1e-6, atol=1e-6)
+
+
+def test_weighted_moments_of_groups():
+    x = torch.randn(5, 3, 4, 4, dtype=torch.float64, generator=torch_generator(3)) * 2 + 7
+    w = torch.tensor([0.2, 0.8, 0.5, 0.3, 0.2], dtype=torch.float64)
+    weights = torch.zeros(2, 5, dtype=torch.float64)
+    weights[0, :2], weights[1, 2:] = w[:2], w[2:]
+    mean, var = image_moments(x)
+    group_mean, group_var = group_moments((mean.double(), var.double()), weights)
+    for g, rows in enumerate([slice(0, 2), slice(2, 5)]):
+        pixels = x[rows].transpose(0, 1).flatten(2)
+        wanted_mean = (pixels.mean(2) * w[rows]).sum(1)
+        wanted_var = ((pixels - wanted_mean[:, None, None]).square().mean(2) * w[rows]).sum(1)
+        torch.testing.assert_close(group_mean[g], wanted_mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(group_var[g], wanted_var, rtol=1e-6, atol=1e-6)
+
+
+def test_a_layer_on_vectors_has_variance_between_images_only():
+    x = torch.randn(6, 4, dtype=torch.float64, generator=torch_generator(4))
+    mean, var = group_moments(image_moments(x), torch.full((1, 6), 1 / 6))
+    torch.testing.assert_close(mean[0].double(), x.mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(var[0].double(), x.var(0, correction=0), rtol=1e-6, atol=1e-6)
