@@ -1,33 +1,27 @@
 """Paths (each written once), the prepared configuration, and what every job has in common."""
 
 import functools
-import itertools
-import json
-import os
 import re
-import subprocess
 import sys
-from types import SimpleNamespace
 
 import yaml
 from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, workflow.basedir)
-from rules.configuration import ConfigError, canonical, code_hash, digest, prepare, resolve, unknown
+from rules.configuration import (
+    ConfigError,
+    canonical,
+    code_hash,
+    digest,
+    prepare,
+    prepare_environment,
+    resolve,
+    unknown,
+)
 from wmdd_core.errors import UserError
 from wmdd_core.layouts import class_count
 
-# Jobs run this project's modules with the interpreter that runs Snakemake, unless conda or a
-# container puts another one in front; the shell commands stay free of paths of one machine.
-os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-os.environ["PYTHONPATH"] = str(workflow.basedir)
-if "WMDD_COMMIT" not in os.environ:
-    _git = subprocess.run(
-        ["git", "-C", workflow.basedir, "describe", "--always", "--dirty", "--exclude", "*"],
-        capture_output=True,
-        text=True,
-    )
-    os.environ["WMDD_COMMIT"] = _git.stdout.strip() or "unknown"
+prepare_environment(workflow.basedir)
 
 
 def _prepared():
@@ -44,28 +38,30 @@ except ConfigError as error:
 # ---- paths -----------------------------------------------------------------------------------
 
 RESULTS = config["results"]
-DESCRIPTION = RESULTS + "/{dataset}/description.json"
-IMAGES = RESULTS + "/{dataset}/images/{split}.npy"
-TEACHER = RESULTS + "/{dataset}/teachers/{teacher}/checkpoint.safetensors"
-TEACHER_METRICS = RESULTS + "/{dataset}/teachers/{teacher}/metrics.json"
-TEACHER_CURVE = RESULTS + "/{dataset}/teachers/{teacher}/curve.csv"
-FEATURES = RESULTS + "/{dataset}/features/{teacher}/features.npy"
-FEATURE_INDEX = RESULTS + "/{dataset}/features/{teacher}/index.json"
-BN_STATISTICS = RESULTS + "/{dataset}/features/{teacher}/bn_statistics.safetensors"
-BARYCENTER = RESULTS + "/{dataset}/barycenters/{teacher}/{barycenter}/ipc{ipc}/class{block}.npz"
-SHARD = RESULTS + "/{dataset}/distilled/{method}/ipc{ipc}/shards/shard{shard}.safetensors"
-DISTILLED = RESULTS + "/{dataset}/distilled/{method}/ipc{ipc}/images.safetensors"
-DISTILLED_HEADER = RESULTS + "/{dataset}/distilled/{method}/ipc{ipc}/header.json"
-DISTILLED_LOSSES = RESULTS + "/{dataset}/distilled/{method}/ipc{ipc}/losses.csv"
-DISTILLED_PNG = RESULTS + "/{dataset}/distilled/{method}/ipc{ipc}/png"
-LABELS = RESULTS + "/{dataset}/labels/{recipe}/{method}/ipc{ipc}/labels.npy"
-LABELS_HEADER = RESULTS + "/{dataset}/labels/{recipe}/{method}/ipc{ipc}/header.json"
-EVALUATION = RESULTS + "/{dataset}/evaluation/{recipe}/{method}/ipc{ipc}/{student}/seed{seed}.json"
-TABLE = RESULTS + "/report/tables/{table}"
-FIGURE = RESULTS + "/report/figures/{figure}"
-PAGE = RESULTS + "/report/{page}.html"
-LOGS = RESULTS + "/logs"
-BENCHMARKS = RESULTS + "/benchmarks"
+DESCRIPTION = f"{RESULTS}/{{dataset}}/description.json"
+IMAGES = f"{RESULTS}/{{dataset}}/images/{{split}}.npy"
+TEACHER = f"{RESULTS}/{{dataset}}/teachers/{{teacher}}/checkpoint.safetensors"
+TEACHER_METRICS = f"{RESULTS}/{{dataset}}/teachers/{{teacher}}/metrics.json"
+TEACHER_CURVE = f"{RESULTS}/{{dataset}}/teachers/{{teacher}}/curve.csv"
+FEATURES = f"{RESULTS}/{{dataset}}/features/{{teacher}}/features.npy"
+FEATURE_INDEX = f"{RESULTS}/{{dataset}}/features/{{teacher}}/index.json"
+BN_STATISTICS = f"{RESULTS}/{{dataset}}/features/{{teacher}}/bn_statistics.safetensors"
+BARYCENTER = f"{RESULTS}/{{dataset}}/barycenters/{{teacher}}/{{barycenter}}/ipc{{ipc}}/class{{block}}.npz"
+SHARD = f"{RESULTS}/{{dataset}}/distilled/{{method}}/ipc{{ipc}}/shards/shard{{shard}}.safetensors"
+DISTILLED = f"{RESULTS}/{{dataset}}/distilled/{{method}}/ipc{{ipc}}/images.safetensors"
+DISTILLED_HEADER = f"{RESULTS}/{{dataset}}/distilled/{{method}}/ipc{{ipc}}/header.json"
+DISTILLED_LOSSES = f"{RESULTS}/{{dataset}}/distilled/{{method}}/ipc{{ipc}}/losses.csv"
+DISTILLED_PNG = f"{RESULTS}/{{dataset}}/distilled/{{method}}/ipc{{ipc}}/png"
+LABELS = f"{RESULTS}/{{dataset}}/labels/{{recipe}}/{{method}}/ipc{{ipc}}/labels.npy"
+LABELS_HEADER = f"{RESULTS}/{{dataset}}/labels/{{recipe}}/{{method}}/ipc{{ipc}}/header.json"
+EVALUATION = (
+    f"{RESULTS}/{{dataset}}/evaluation/{{recipe}}/{{method}}/ipc{{ipc}}/{{student}}/seed{{seed}}.json"
+)
+TABLE = f"{RESULTS}/report/tables/{{table}}"
+FIGURE = f"{RESULTS}/report/figures/{{figure}}"
+PAGE = f"{RESULTS}/report/{{page}}.html"
+LOGS = f"{RESULTS}/logs"
+BENCHMARKS = f"{RESULTS}/benchmarks"
 
 REAL = {"recipe": "own", "ipc": "all"}
 """Wildcards of students trained on all real images: the method's own recipe, no images per class."""
@@ -160,19 +156,25 @@ def code_of(rule):
 
 # ---- jobs ------------------------------------------------------------------------------------
 
-JOB = (
-    "python -m workflow_scripts.{rule} {params.job:q} {params.settings:q} {params.code}"
-    " --device {config[device]} --threads {threads} > {log:q} 2>&1"
-)
-"""Every rule's command. Device and threads are no parameters: they change no result that matters."""
+
+def run_script(rule):
+    """Every rule's command. Threads are no parameter: they change no result that matters."""
+    return (
+        f"python -m workflow_scripts.{rule} {{params.job:q}} {{params.settings:q}} {{params.code}}"
+        " --threads {threads} > {log:q} 2>&1"
+    )
 
 
 def describe_job(wildcards, input, output):
-    """What a script needs to know of its job. Snakemake does not compare parameters that read `input`."""
+    """Files, wildcards and device of a job. Snakemake never compares a parameter that reads `input`."""
 
     def named(files):
         return {
-            name: list(map(str, value)) if isinstance(value, (list, tuple)) or hasattr(value, "items") else str(value)
+            name: (
+                list(map(str, value))
+                if isinstance(value, (list, tuple)) or hasattr(value, "items")
+                else str(value)
+            )
             for name, value in files.items()
         }
 
@@ -182,8 +184,17 @@ def describe_job(wildcards, input, output):
             "input": named(input),
             "output": named(output),
             "checkpoints": f"{RESULTS}/checkpoints",
+            "device": config["device"],
         }
     )
+
+
+def table_csv(table):
+    return f"{TABLE}.csv".format(table=table)
+
+
+def figure_png(figure):
+    return f"{FIGURE}.png".format(figure=figure)
 
 
 def log_of(rule, name):

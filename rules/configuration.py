@@ -11,7 +11,10 @@ import copy
 import difflib
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -56,7 +59,9 @@ def prepare(config: dict, schema: dict) -> dict:
         kind = schema["$defs"][schema["properties"][block]["x-entry"]]
         for name, entry in config[block].items():
             if not NAME.fullmatch(name):
-                raise ConfigError(f"{block}.{name}: a name is part of a path; use letters, digits and _ . + -")
+                raise ConfigError(
+                    f"{block}.{name}: a name is part of a path; use letters, digits and _ . + -"
+                )
             check_block(f"{block}.{name}", entry, kind, schema)
     return config
 
@@ -91,11 +96,17 @@ def expand_entries(block: str, entries: Mapping) -> dict:
         if sweep is None:
             resolved[name] = entry
             continue
-        if not (isinstance(sweep, Mapping) and len(sweep) == 1 and isinstance(next(iter(sweep.values())), list)):
+        if not (
+            isinstance(sweep, Mapping) and len(sweep) == 1 and isinstance(next(iter(sweep.values())), list)
+        ):
             raise ConfigError(f"{block}.{name}.sweep: expected one key with a list of values, got {sweep!r}")
         ((key, values),) = sweep.items()
         for value in values:
-            resolved[f"{name}{value}"] = {**entry, key: value, "swept": {"entry": name, "key": key, "value": value}}
+            resolved[f"{name}{value}"] = {
+                **entry,
+                key: value,
+                "swept": {"entry": name, "key": key, "value": value},
+            }
     return resolved
 
 
@@ -108,7 +119,9 @@ def check_block(where: str, entry: object, kind: Mapping, schema: Mapping) -> No
             raise ConfigError(f"{where}: {unknown(key, kind['properties'])}")
     for key in kind.get("required", ()):
         if key not in entry:
-            raise ConfigError(f"{where}: the key {key!r} is missing ({kind['properties'][key]['description']})")
+            raise ConfigError(
+                f"{where}: the key {key!r} is missing ({kind['properties'][key]['description']})"
+            )
     for key, value in entry.items():
         _check_value(f"{where}.{key}".removeprefix("config."), value, kind["properties"][key], schema)
 
@@ -119,7 +132,9 @@ def _check_value(where: str, value: object, allowed: Mapping, schema: Mapping) -
     by_dataset = isinstance(value, Mapping) and allowed.get("type") != "object"
     for part, single in value.items() if by_dataset else [("", value)]:
         # `true` is an integer to Python, and a number to nobody.
-        error = next(iter(Draft202012Validator({**allowed, "$defs": schema["$defs"]}).iter_errors(single)), None)
+        error = next(
+            iter(Draft202012Validator({**allowed, "$defs": schema["$defs"]}).iter_errors(single)), None
+        )
         if error is not None:
             place = ".".join([where, *([part] if part else []), *map(str, error.path)])
             told = f"{place} is {error.instance!r}; {_expectation(error)}"
@@ -146,7 +161,7 @@ def _expectation(error) -> str:
 
 
 def unknown(name: object, known: Iterable[str]) -> str:
-    """"unknown name 'x'; did you mean 'y'?", or the list of what is known."""
+    """ "unknown name 'x'; did you mean 'y'?", or the list of what is known."""
     known = list(known)
     near = difflib.get_close_matches(str(name), known, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known) or 'none'}"
@@ -214,3 +229,20 @@ def _local_imports(tree: ast.Module) -> set[str]:
             found.add(node.module)
             found.update(f"{node.module}.{alias.name}" for alias in node.names)
     return {name for name in found if name.startswith(("wmdd_core.", "workflow_scripts."))}
+
+
+def prepare_environment(root: str) -> None:
+    """Let jobs find this project's modules, the interpreter that runs Snakemake, and the commit.
+
+    The interpreter's folder comes first in PATH unless conda or a container puts another one in front;
+    so the shell commands stay free of one machine's paths.
+    """
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    os.environ.update(PATH=path, PYTHONPATH=str(root))
+    if "WMDD_COMMIT" not in os.environ:
+        describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+        try:
+            commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:  # no git on this machine
+            commit = ""
+        os.environ["WMDD_COMMIT"] = commit or "unknown"

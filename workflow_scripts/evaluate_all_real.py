@@ -16,7 +16,9 @@ def main(job: Job) -> None:
     inputs = [description["header"]]
     train, train_labels = resident(open_images(job, description, "train"), device)
     names = (job.settings["seed"], job.wildcards["dataset"], "all real", job.wildcards["seed"])
-    model = build_model(**network_of(job.settings["student"], description), seed=derive_seed(*names)).to(device)
+    model = build_model(**network_of(job.settings["student"], description), seed=derive_seed(*names)).to(
+        device
+    )
     progress = job.progress(inputs)
     batches = real_batches(
         train,
@@ -33,9 +35,7 @@ def main(job: Job) -> None:
         model, schedule_of(recipe), batches, hard_label_loss, precision=precision(device), progress=progress
     )
     test, test_labels = resident(open_images(job, description, "test"), device)
-    tested = accuracy(
-        model, test_batches(test, test_labels, mean, std, device), precision=precision(device)
-    )
+    tested = accuracy(model, test_batches(test, test_labels, mean, std, device), precision=precision(device))
     content = {**tested, "labels": "hard", "train_loss": curve.train_loss[-1]}
     write_json(job.output["evaluation"], content, job.header(inputs))
     progress.finish()

@@ -44,14 +44,14 @@ def main(job: Job) -> None:
         loss = mixed_label_loss
 
     progress = job.progress(inputs)
-    model = build_model(**network_of(job.settings["student"], description), seed=derive_seed(*names)).to(device)
+    model = build_model(**network_of(job.settings["student"], description), seed=derive_seed(*names)).to(
+        device
+    )
     keys = ("epochs", "optimizer", "learning_rate", "momentum", "weight_decay", "smoothing")
     schedule = Schedule(**{k: recipe[k] for k in keys if k in recipe}, decay_matrices_only=True)
     curve = fit(model, schedule, batches, loss, precision=precision(device), progress=progress)
     test, test_labels = resident(open_images(job, description, "test"), device)
-    tested = accuracy(
-        model, test_batches(test, test_labels, mean, std, device), precision=precision(device)
-    )
+    tested = accuracy(model, test_batches(test, test_labels, mean, std, device), precision=precision(device))
     content = {**tested, "labels": recipe["labels"], "train_loss": curve.train_loss[-1]}
     write_json(job.output["evaluation"], content, job.header(inputs))
     progress.finish()

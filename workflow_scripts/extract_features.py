@@ -28,7 +28,10 @@ def main(job: Job) -> None:
     shape = (len(store), teacher.classifier.in_features)
     resuming = partial.exists() and job.checkpoint().exists()
     features = np.lib.format.open_memmap(
-        partial, mode="r+" if resuming else "w+", dtype=None if resuming else np.float32, shape=None if resuming else shape
+        partial,
+        mode="r+" if resuming else "w+",
+        dtype=None if resuming else np.float32,
+        shape=None if resuming else shape,
     )
     statistics = extract_features(
         freeze(teacher),
@@ -45,7 +48,9 @@ def main(job: Job) -> None:
     counts = description["train"]["per_class"]
     offsets = np.cumsum([0, *counts]).tolist()
     write_json(job.output["index"], {"offsets": offsets, "dimension": shape[1]}, header)
-    tensors = {f"{name}.{part}": value for name, layer in statistics.items() for part, value in vars(layer).items()}
+    tensors = {
+        f"{name}.{part}": value for name, layer in statistics.items() for part, value in vars(layer).items()
+    }
     write_tensors(job.output["statistics"], tensors, {**header, "layers": list(statistics)})
     progress.finish()
 

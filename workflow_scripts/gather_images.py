@@ -54,9 +54,13 @@ def main(job: Job) -> None:
     order = (labels * ipc + index).argsort()
     images, labels, weights = images[order], labels[order], weights[order]
     if not torch.equal(labels, torch.arange(len(classes)).repeat_interleave(ipc)):
-        raise UserError(f"the shards of {job.wildcards['method']} do not hold {ipc} images of each class; delete them")
+        raise UserError(
+            f"the shards of {job.wildcards['method']} do not hold {ipc} images of each class; delete them"
+        )
     if not images.isfinite().all():
-        raise UserError(f"the shards of {job.wildcards['method']} hold pixels that are not finite; delete them")
+        raise UserError(
+            f"the shards of {job.wildcards['method']} hold pixels that are not finite; delete them"
+        )
     images = quantise(images, mean, std)
     # A shard of some of a class's images has normalised their weights among themselves.
     weights = weights / torch.zeros(len(classes), dtype=weights.dtype).index_add_(0, labels, weights)[labels]

@@ -1,8 +1,8 @@
 """What every workflow script shares: its command line, device, header, progress and error texts.
 
 A script makes four moves: read, build, call one or two library functions, write. Its rule's command is
-`python -m workflow_scripts.<rule> JOB SETTINGS CODE --device D --threads N`, where JOB holds wildcards,
-input and output files as JSON and SETTINGS what the step reads.
+`python -m workflow_scripts.<rule> JOB SETTINGS CODE --threads N`, where JOB holds wildcards, input and
+output files and the device as JSON, and SETTINGS what the step reads.
 """
 
 from __future__ import annotations
@@ -107,10 +107,9 @@ def run(main: Callable[[Job], None]) -> None:
     """Parse the command line, run `main`, and tell the user's mistakes in one line with exit status 1."""
     rule = Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(prog=f"python -m workflow_scripts.{rule}")
-    parser.add_argument("job", type=json.loads, help="wildcards, input and output files, as JSON")
+    parser.add_argument("job", type=json.loads, help="wildcards, files and device, as JSON")
     parser.add_argument("settings", type=json.loads, help="what the step reads, as JSON")
     parser.add_argument("code", help="hash of the code, for the header")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(given.threads))
@@ -121,7 +120,7 @@ def run(main: Callable[[Job], None]) -> None:
         given.job["output"],
         given.settings,
         given.code,
-        given.device,
+        given.job["device"],
         given.threads,
         given.job["checkpoints"],
     )
@@ -133,7 +132,9 @@ def run(main: Callable[[Job], None]) -> None:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        sys.exit(f"error: cannot write {error.filename or 'an output'}: {error.strerror}; free or unlock it and rerun")
+        sys.exit(
+            f"error: cannot write {error.filename or 'an output'}: {error.strerror}; free or unlock it and rerun"
+        )
 
 
 @contextlib.contextmanager

@@ -66,12 +66,16 @@ def main(job: Job) -> None:
     mean, std = normalisation(description)
     shard, headers = build_shard(job, members["classes"], members["images"])
     if not shard.statistics and settings["bn_term"] != "none":
-        raise UserError(f"teacher {teacher_header['wildcards']['teacher']} has no BatchNorm layer; set bn_term: none")
+        raise UserError(
+            f"teacher {teacher_header['wildcards']['teacher']} has no BatchNorm layer; set bn_term: none"
+        )
     inputs = [description["header"], teacher_header, *headers]
     initial = None
     if start == "real":
         store = open_images(job, description, "train")
-        initial = draw_random(store, shard.classes[shard.group], shard.index, seed, job.wildcards["dataset"], mean, std)
+        initial = draw_random(
+            store, shard.classes[shard.group], shard.index, seed, job.wildcards["dataset"], mean, std
+        )
     progress = job.progress(inputs)
     recovered = recover_images(
         freeze(teacher),

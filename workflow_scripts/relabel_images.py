@@ -24,7 +24,10 @@ def main(job: Job) -> None:
     shape = (settings["epochs"], len(images), len(description["classes"]))
     resuming = partial.exists() and job.checkpoint().exists()
     labels = np.lib.format.open_memmap(
-        partial, mode="r+" if resuming else "w+", dtype=None if resuming else np.float16, shape=None if resuming else shape
+        partial,
+        mode="r+" if resuming else "w+",
+        dtype=None if resuming else np.float16,
+        shape=None if resuming else shape,
     )
     label_views(
         teacher,

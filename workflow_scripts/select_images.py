@@ -31,7 +31,6 @@ def draw_random(
 def nearest_rows(features: np.ndarray, count: int, seed: int) -> Tensor:
     """The rows of `features` (n, D) nearest to `count` k-means centres, each row used once."""
     from sklearn.cluster import KMeans
-
     from sklearn.metrics import pairwise_distances
 
     centres = KMeans(count, n_init=10, random_state=seed % 2**32).fit(features).cluster_centers_
@@ -49,7 +48,9 @@ def main(job: Job) -> None:
     description = read_description(job)
     for name, count in zip(description["classes"], description["train"]["per_class"], strict=True):
         if count < ipc:
-            raise UserError(f"class {name!r} of {dataset} has {count} training images, fewer than ipc {ipc}; lower ipc")
+            raise UserError(
+                f"class {name!r} of {dataset} has {count} training images, fewer than ipc {ipc}; lower ipc"
+            )
     store = open_images(job, description, "train")
     inputs, rows = [description["header"]], []
     if job.settings["selection"] == "kmeans":

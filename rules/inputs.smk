@@ -1,0 +1,411 @@
+"""The input files and the settings of the rules, in the order of the graph."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+# ---- data ------------------------------------------------------------------------------------
+
+
+@settings_for
+def describe_dataset_settings(w):
+    dataset = entry("datasets", w.dataset, w.dataset)
+    return {
+        **without(dataset, "title", "teacher", "flip", "store_train", "classes"),
+        "classes": class_total(w.dataset),
+        "seed": config["seed"],
+    }
+
+
+@settings_for
+def decode_images_settings(w):
+    return describe_dataset_settings(w)
+
+
+# ---- pretrain --------------------------------------------------------------------------------
+
+
+def real_images(w):
+    """The decoded training images, where the dataset keeps them; otherwise jobs read its files."""
+    if entry("datasets", w.dataset, w.dataset).get("store_train"):
+        return IMAGES.format(dataset=w.dataset, split="train")
+    return []
+
+
+@settings_for
+def pretrain_teacher_settings(w):
+    return {
+        **entry("teachers", w.teacher, w.dataset),
+        "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
+        "seed": config["seed"],
+    }
+
+
+# ---- features --------------------------------------------------------------------------------
+
+
+@settings_for
+def extract_features_settings(w):
+    return {}
+
+
+# ---- barycenter ------------------------------------------------------------------------------
+
+
+def block_of(class_index, dataset):
+    """The block of classes that one job handles, as its wildcard: `3`, or `0-49`."""
+    size = config.get("classes_per_job", 1)
+    first = class_index // size * size
+    last = min(first + size, class_total(dataset)) - 1
+    return str(first) if first == last else f"{first}-{last}"
+
+
+@settings_for
+def compute_barycenter_settings(w):
+    return {**entry("barycenters", w.barycenter, w.dataset), "seed": config["seed"]}
+
+
+# ---- recover ---------------------------------------------------------------------------------
+
+
+def shard_members(w):
+    """The classes and the image numbers within each class that a shard holds."""
+    classes, ipc, shard = class_total(w.dataset), int(w.ipc), int(w.shard)
+    method = method_of(w)
+    if method["kind"] != "recover":
+        return {"classes": list(range(classes)), "images": list(range(ipc))}
+    if method["batch_layout"] == "whole_classes":
+        size = max(1, method["batch_size"] // ipc)
+        return {
+            "classes": list(range(classes))[shard * size : (shard + 1) * size],
+            "images": list(range(ipc)),
+        }
+    size = min(classes, method["batch_size"])
+    image, block = divmod(shard, math.ceil(classes / size))
+    return {"classes": list(range(classes))[block * size : (block + 1) * size], "images": [image]}
+
+
+def shard_total(w):
+    """Number of shards of a distilled set."""
+    classes, ipc = class_total(w.dataset), int(w.ipc)
+    method = method_of(w)
+    if method["kind"] != "recover":
+        return 1
+    if method["batch_layout"] == "whole_classes":
+        return math.ceil(classes / max(1, method["batch_size"] // ipc))
+    return ipc * math.ceil(classes / method["batch_size"])
+
+
+def uses_features(method):
+    """Whether recovery draws real features: for the terms that compare sets."""
+    return method["feature_term"] in ("mmd_linear", "mmd_rbf", "sliced_wasserstein")
+
+
+def recover_images_input(w):
+    method, teacher = method_of(w), teacher_of(w)
+    place = {"dataset": w.dataset, "teacher": teacher, "ipc": w.ipc, "barycenter": method.get("barycenter")}
+    files = {
+        "description": DESCRIPTION.format(**place),
+        "teacher": TEACHER.format(**place),
+        "statistics": BN_STATISTICS.format(**place),
+    }
+    if method.get("barycenter") and method["feature_term"] == "barycenter":
+        blocks = dict.fromkeys(block_of(c, w.dataset) for c in shard_members(w)["classes"])
+        files["barycenters"] = [BARYCENTER.format(**place, block=b) for b in blocks]
+    if uses_features(method):
+        files |= {"features": FEATURES.format(**place), "index": FEATURE_INDEX.format(**place)}
+    if method["start"] == "real":
+        files["train"] = real_images(w)
+    return files
+
+
+@settings_for
+def recover_images_settings(w):
+    return {
+        "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
+        **without(
+            method_of(w), "kind", "label", "teacher", "barycenter", "swept", "batch_size", "batch_layout"
+        ),
+        "members": shard_members(w),
+        "seed": config["seed"],
+    }
+
+
+def select_images_input(w):
+    files = {"description": DESCRIPTION.format(dataset=w.dataset), "train": real_images(w)}
+    if method_of(w)["selection"] == "kmeans":
+        place = {"dataset": w.dataset, "teacher": teacher_of(w)}
+        files |= {"features": FEATURES.format(**place), "index": FEATURE_INDEX.format(**place)}
+    return files
+
+
+@settings_for
+def select_images_settings(w):
+    return {**pick(method_of(w), "selection"), "seed": config["seed"]}
+
+
+def gather_images_input(w):
+    return [
+        SHARD.format(dataset=w.dataset, method=w.method, ipc=w.ipc, shard=s) for s in range(shard_total(w))
+    ]
+
+
+@settings_for
+def gather_images_settings(w):
+    return {}
+
+
+# ---- relabel ---------------------------------------------------------------------------------
+
+
+def view_settings(w):
+    """What the views of a recipe look like; shared by labelling and training."""
+    recipe = entry("recipes", w.recipe, w.dataset)
+    return {
+        "crop_scale_min": recipe.get("crop_scale_min", 0.08),
+        "cutmix": recipe.get("cutmix", False),
+        "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
+        "seed": config["seed"],
+    }
+
+
+@settings_for
+def relabel_images_settings(w):
+    recipe = entry("recipes", w.recipe, w.dataset)
+    mode = recipe.get("teacher_mode", "eval")
+    return {
+        "views": view_settings(w),
+        "epochs": recipe["epochs"],
+        "teacher_mode": mode,
+        # The batch reaches the labels through the teacher's BatchNorm alone.
+        **(pick(recipe, "batch_size") if mode == "batch" else {}),
+    }
+
+
+# ---- evaluate --------------------------------------------------------------------------------
+
+
+def evaluate_student_input(w):
+    files = {
+        "description": DESCRIPTION.format(dataset=w.dataset),
+        "test": IMAGES.format(dataset=w.dataset, split="test"),
+        "images": DISTILLED.format(dataset=w.dataset, method=w.method, ipc=w.ipc),
+    }
+    if entry("recipes", w.recipe, w.dataset)["labels"] == "soft":
+        place = {"dataset": w.dataset, "recipe": w.recipe, "method": w.method, "ipc": w.ipc}
+        files |= {"labels": LABELS.format(**place), "labels_header": LABELS_HEADER.format(**place)}
+    return files
+
+
+@settings_for
+def evaluate_student_settings(w):
+    recipe = entry("recipes", w.recipe, w.dataset)
+    return {
+        "recipe": without(recipe, "label", "crop_scale_min", "cutmix", "teacher_mode"),
+        "views": view_settings(w),
+        "student": without(entry("students", w.student, w.dataset), "label"),
+    }
+
+
+@settings_for
+def evaluate_all_real_settings(w):
+    return {
+        "recipe": without(method_of(w), "kind", "label", "swept"),
+        "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
+        "student": without(entry("students", w.student, w.dataset), "label"),
+        "seed": config["seed"],
+    }
+
+
+# ---- report ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def table_cells(table):
+    """The cells of an accuracy table: wildcards of `evaluate_student`, a list of seeds beside each."""
+    spec, cells = config["tables"][table], []
+    seeds = spec.get("seeds", config["student_seeds"])
+    for dataset in known("datasets", spec["datasets"]):
+        settings = resolve_lists(spec, dataset, table)
+        for method in expand_methods(settings["methods"]):
+            real = entry("methods", method, dataset)["kind"] == "real"
+            recipes = [REAL["recipe"]] if real else list(known("recipes", settings["recipes"]))
+            ipcs = [REAL["ipc"]] if real else settings["ipc"]
+            for recipe, ipc, student in itertools.product(
+                recipes, ipcs, known("students", settings["students"])
+            ):
+                place = {
+                    "dataset": dataset,
+                    "recipe": recipe,
+                    "method": method,
+                    "ipc": str(ipc),
+                    "student": student,
+                }
+                cells.append({**place, "seeds": seeds})
+    return cells
+
+
+def known(block, listed):
+    """The names in `listed`, each checked to be an entry of `block`."""
+    for name in listed:
+        if name not in config[block]:
+            raise WorkflowError(f"config: {block}: {unknown(name, config[block])}")
+        yield name
+
+
+def resolve_lists(spec, dataset, name):
+    try:
+        return resolve(spec, dataset, f"tables.{name}")
+    except ConfigError as error:
+        raise WorkflowError(f"config: {error}") from None
+
+
+def evaluations(table):
+    """The evaluation files of a table, cell by cell and seed by seed."""
+    return [EVALUATION.format(**cell, seed=s) for cell in table_cells(table) for s in range(cell["seeds"])]
+
+
+RULES_BEFORE = (
+    "pretrain_teacher",
+    "extract_features",
+    "compute_barycenter",
+    "recover_images",
+    "select_images",
+    "gather_images",
+    "relabel_images",
+    "evaluate_student",
+    "evaluate_all_real",
+)
+
+
+def expected_digests(cells):
+    """rule → digests of settings and code that an artefact of these cells may carry in its lineage.
+
+    What a table is made of must have been made by this configuration; anything else is refused.
+    """
+    found = {rule: set() for rule in RULES_BEFORE}
+
+    def expect(rule, **wildcards):
+        found[rule].add(digest([SETTINGS[rule](SimpleNamespace(**wildcards)), code_of(rule)]))
+
+    for cell in cells:
+        w = {k: v for k, v in cell.items() if k != "seeds"}
+        method = entry("methods", w["method"], w["dataset"])
+        kind = method["kind"]
+        for teacher in {labeller_of(SimpleNamespace(**w)), teacher_of(SimpleNamespace(**w))}:
+            expect("pretrain_teacher", **w, teacher=teacher)
+        expect("extract_features", **w)
+        if kind == "real":
+            expect("evaluate_all_real", **w)
+            continue
+        if method.get("barycenter"):
+            expect("compute_barycenter", **w, barycenter=method["barycenter"])
+        if kind == "recover":
+            for shard in range(shard_total(SimpleNamespace(**w))):
+                expect("recover_images", **w, shard=shard)
+        elif kind == "select":
+            expect("select_images", **w)
+        for step in ("gather_images", "relabel_images", "evaluate_student"):
+            expect(step, **w)
+    return {rule: sorted(digests) for rule, digests in found.items() if digests}
+
+
+def label_of(block, name):
+    return config[block].get(name, {}).get("label", name)
+
+
+def titles_of(datasets):
+    return {d: config["datasets"][d].get("title", d) for d in datasets}
+
+
+@settings_for
+def tabulate_accuracy_settings(w):
+    cells = table_cells(w.table)
+    spec = config["tables"][w.table]
+    return {
+        "name": w.table,
+        "title": spec.get("title", w.table),
+        "cells": cells,
+        "expected": expected_digests(cells),
+        "labels": {
+            "datasets": titles_of({c["dataset"] for c in cells}),
+            "methods": {c["method"]: label_of("methods", c["method"]) for c in cells},
+            "students": {c["student"]: label_of("students", c["student"]) for c in cells},
+            "recipes": {c["recipe"]: label_of("recipes", c["recipe"]) for c in cells},
+        },
+        "swept": {
+            m: config["methods"][m]["swept"]
+            for m in {c["method"] for c in cells}
+            if "swept" in config["methods"][m]
+        },
+    }
+
+
+def figures_of_kind(kind):
+    return names(n for n, f in config["figures"].items() if f["kind"] == kind)
+
+
+def figure_of(w):
+    return config["figures"][w.figure]
+
+
+def appearance():
+    """Names of methods and datasets as people read them; a method has one colour everywhere."""
+    return {
+        "methods": {m: label_of("methods", m) for m in config["methods"]},
+        "datasets": titles_of(config["datasets"]),
+    }
+
+
+@settings_for
+def plot_accuracy_settings(w):
+    return {"figure": figure_of(w), "labels": appearance()}
+
+
+def gallery_input(w):
+    figure = figure_of(w)
+    (dataset,) = known("datasets", figure["datasets"])
+    sets = {
+        "images": [
+            DISTILLED.format(dataset=dataset, method=m, ipc=i)
+            for i in figure["ipc"]
+            for m in expand_methods(figure["methods"])
+        ],
+        "description": DESCRIPTION.format(dataset=dataset),
+    }
+    train = real_images(SimpleNamespace(dataset=dataset))
+    return {**sets, **({"train": train} if train else {})}
+
+
+@settings_for
+def plot_gallery_settings(w):
+    return {"figure": figure_of(w), "labels": appearance()}
+
+
+def page_items(page):
+    """The tables and figures of a page, in order, each with what the page says of it."""
+    items = []
+    for name in config["page"] if page == "index" else config.get("paper", []):
+        if name in config["tables"]:
+            spec, kind = config["tables"][name], "table"
+        elif name in config["figures"]:
+            spec, kind = config["figures"][name], "figure"
+        else:
+            raise WorkflowError(f"config: page: {unknown(name, [*config['tables'], *config['figures']])}")
+        items.append({"name": name, "kind": kind, **pick(spec, "title", "caption")})
+    return items
+
+
+def page_input(w):
+    files = {"template": workflow.source_path("../report/page.html"), "parts": []}
+    for item in page_items(w.page):
+        if item["kind"] == "table":
+            files["parts"].append(table_csv(item["name"]))
+        else:
+            files["parts"].append(figure_png(item["name"]))
+    return files
+
+
+@settings_for
+def build_page_settings(w):
+    return {"page": w.page, "items": page_items(w.page), "config": config}
