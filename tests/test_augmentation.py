@@ -69,7 +69,11 @@ def test_a_scale_for_each_view_bounds_each_view():
 
 def test_cutmix_pastes_the_patch_and_nothing_else():
     own, partners = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
-    views = Views(*(torch.zeros(1, 4).long(), torch.zeros(1).bool(), torch.zeros(1, 2).long()), torch.tensor([0]), torch.tensor([[1, 2, 2, 1]]))
+    views = Views(
+        *(torch.zeros(1, 4).long(), torch.zeros(1).bool(), torch.zeros(1, 2).long()),
+        torch.tensor([0]),
+        torch.tensor([[1, 2, 2, 1]]),
+    )
     wanted = torch.zeros(4, 4)
     wanted[1:3, 2] = 1
     assert torch.equal(mix_views(views, own, partners)[0, 0], wanted)

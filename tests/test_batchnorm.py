@@ -51,7 +51,9 @@ def test_averaging_variances_over_batches_would_be_wrong():
     """What the released code does; the test above can tell the difference."""
     x, labels = uneven_data()
     chosen = x[labels == 2]
-    averaged = torch.stack([direct(b)[1] for b in (chosen + torch.arange(40.0).view(-1, 1, 1, 1)).split(10)]).mean(0)
+    averaged = torch.stack(
+        [direct(b)[1] for b in (chosen + torch.arange(40.0).view(-1, 1, 1, 1)).split(10)]
+    ).mean(0)
     exact = direct(chosen + torch.arange(40.0).view(-1, 1, 1, 1))[1]
     assert (averaged < 0.5 * exact).all()
 

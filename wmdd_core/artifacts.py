@@ -36,7 +36,12 @@ def digest(value: object) -> str:
 
 
 def make_header(
-    rule: str, wildcards: Mapping, settings: Mapping, code: str, inputs: Iterable[Mapping] = (), **more: object
+    rule: str,
+    wildcards: Mapping,
+    settings: Mapping,
+    code: str,
+    inputs: Iterable[Mapping] = (),
+    **more: object,
 ) -> dict:
     """What made an artefact, from what, and with what.
 
@@ -128,7 +133,11 @@ def write_tensors(path: Path | str, tensors: Mapping, header: Mapping) -> None:
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"header": canonical(header)})
+        save_file(
+            {n: t.detach().cpu().contiguous() for n, t in tensors.items()},
+            temporary,
+            {"header": canonical(header)},
+        )
 
 
 def read_tensors(path: Path | str) -> tuple[dict, dict]:

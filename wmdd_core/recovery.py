@@ -344,7 +344,11 @@ def _check_finite(name: str, recent: list[Tensor], last: int, shard: Shard) -> N
     if values.isfinite().all():
         return
     row, column = (~values.isfinite()).nonzero()[0].tolist()
-    owner = f"class {int(shard.classes[column])}" if values.shape[1] > 1 or len(shard.classes) == 1 else "all classes"
+    owner = (
+        f"class {int(shard.classes[column])}"
+        if values.shape[1] > 1 or len(shard.classes) == 1
+        else "all classes"
+    )
     raise UserError(
         f"{name} of {owner} is {values[row, column]:g} at iteration {last + 2 - len(recent) + row}; "
         "lower learning_rate or lambda_bn"

@@ -112,7 +112,9 @@ def fit(
         mean = float(total) / count
         if not math.isfinite(mean):
             raise UserError(f"the training loss is {mean} in epoch {epoch + 1}; lower the learning rate")
-        due = test is not None and test_every and (epoch + 1) % test_every == 0 and epoch + 1 < schedule.epochs
+        due = (
+            test is not None and test_every and (epoch + 1) % test_every == 0 and epoch + 1 < schedule.epochs
+        )
         curve.epoch.append(epoch + 1)
         curve.train_loss.append(mean)
         curve.top1.append(test() if due else None)
@@ -147,9 +149,7 @@ def real_batches(
     def batches(epoch: int) -> Iterator[Batch]:
         generator = torch_generator(*seed_names, "epoch", epoch)
         order = torch.randperm(len(images), generator=generator)
-        views = draw_views(
-            len(images), images.shape[-1], generator, crop_scale_min=crop_scale_min, flip=flip
-        )
+        views = draw_views(len(images), images.shape[-1], generator, crop_scale_min=crop_scale_min, flip=flip)
         for chosen in order.split(batch_size):
             if len(chosen) > 1 or len(images) == 1:  # BatchNorm has no variance in a batch of one
                 yield view_batch(images, views, chosen, mean, std), labels[chosen].to(device)
