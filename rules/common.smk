@@ -5,7 +5,6 @@ import re
 import sys
 
 import yaml
-from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, workflow.basedir)
 from rules.configuration import (
@@ -29,10 +28,15 @@ def _prepared():
         return prepare(config, yaml.safe_load(file))
 
 
+def stop(message):
+    """Tell the user's mistake in one line and leave with status 1, before anything is made."""
+    sys.exit(f"error: config: {message}")
+
+
 try:
     config = _prepared()
 except ConfigError as error:
-    raise WorkflowError(f"config: {error}") from None
+    stop(error)
 
 
 # ---- paths -----------------------------------------------------------------------------------
@@ -74,11 +78,11 @@ REAL = {"recipe": "own", "ipc": "all"}
 def entry(block, name, dataset):
     """The settings of a named entry for one dataset."""
     if name not in config[block]:
-        raise WorkflowError(f"config: {block}: {unknown(name, config[block])}")
+        stop(f"{block}: {unknown(name, config[block])}")
     try:
         return resolve(config[block][name], dataset, f"{block}.{name}")
     except ConfigError as error:
-        raise WorkflowError(f"config: {error}") from None
+        stop(error)
 
 
 @functools.cache
@@ -87,7 +91,7 @@ def class_total(dataset):
     try:
         return class_count(entry("datasets", dataset, dataset))
     except UserError as error:
-        raise WorkflowError(f"config: datasets.{dataset}: {error}") from None
+        stop(f"datasets.{dataset}: {error}")
 
 
 def method_of(w):
@@ -119,7 +123,7 @@ def expand_methods(listed):
     for name in listed:
         swept = [n for n, m in config["methods"].items() if m.get("swept", {}).get("entry") == name]
         if not swept and name not in config["methods"]:
-            raise WorkflowError(f"config: methods: {unknown(name, config['methods'])}")
+            stop(f"methods: {unknown(name, config['methods'])}")
         yield from swept or [name]
 
 

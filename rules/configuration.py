@@ -11,6 +11,7 @@ import copy
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -63,7 +64,27 @@ def prepare(config: dict, schema: dict) -> dict:
                     f"{block}.{name}: a name is part of a path; use letters, digits and _ . + -"
                 )
             check_block(f"{block}.{name}", entry, kind, schema)
+    check_references(config, schema)
     return config
+
+
+def check_references(config: Mapping, schema: Mapping) -> None:
+    """Every name that an entry refers to (`x-ref` in the schema) is an entry of that block, or a sweep."""
+    swept = {entry["swept"]["entry"] for entry in config["methods"].values() if "swept" in entry}
+
+    def check(where: str, settings: Mapping, kind: Mapping) -> None:
+        for key, value in settings.items():
+            blocks = kind["properties"][key].get("x-ref", [])
+            for single in value.values() if isinstance(value, Mapping) and blocks else [value]:
+                names = [n for b in blocks for n in config[b]] + (sorted(swept) if "methods" in blocks else [])
+                for name in (single if isinstance(single, list) else [single]) if blocks else []:
+                    if name not in names:
+                        raise ConfigError(f"{where}{key}: {unknown(name, names)}")
+
+    check("", {k: v for k, v in config.items() if k not in ENTRY_BLOCKS}, schema)
+    for block in ENTRY_BLOCKS:
+        for name, entry in config[block].items():
+            check(f"{block}.{name}.", entry, schema["$defs"][schema["properties"][block]["x-entry"]])
 
 
 def _numbers(value: object) -> object:
@@ -131,7 +152,8 @@ def _check_value(where: str, value: object, allowed: Mapping, schema: Mapping) -
 
     by_dataset = isinstance(value, Mapping) and allowed.get("type") != "object"
     for part, single in value.items() if by_dataset else [("", value)]:
-        # `true` is an integer to Python, and a number to nobody.
+        if isinstance(single, float) and not math.isfinite(single):
+            raise ConfigError(f"{where} is {single}; expected a finite number ({allowed['description']})")
         error = next(
             iter(Draft202012Validator({**allowed, "$defs": schema["$defs"]}).iter_errors(single)), None
         )

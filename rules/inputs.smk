@@ -225,15 +225,13 @@ def table_cells(table):
     """The cells of an accuracy table: wildcards of `evaluate_student`, a list of seeds beside each."""
     spec, cells = config["tables"][table], []
     seeds = spec.get("seeds", config["student_seeds"])
-    for dataset in known("datasets", spec["datasets"]):
+    for dataset in spec["datasets"]:
         settings = resolve_lists(spec, dataset, table)
         for method in expand_methods(settings["methods"]):
             real = entry("methods", method, dataset)["kind"] == "real"
-            recipes = [REAL["recipe"]] if real else list(known("recipes", settings["recipes"]))
+            recipes = [REAL["recipe"]] if real else list(settings["recipes"])
             ipcs = [REAL["ipc"]] if real else settings["ipc"]
-            for recipe, ipc, student in itertools.product(
-                recipes, ipcs, known("students", settings["students"])
-            ):
+            for recipe, ipc, student in itertools.product(recipes, ipcs, settings["students"]):
                 place = {
                     "dataset": dataset,
                     "recipe": recipe,
@@ -245,19 +243,11 @@ def table_cells(table):
     return cells
 
 
-def known(block, listed):
-    """The names in `listed`, each checked to be an entry of `block`."""
-    for name in listed:
-        if name not in config[block]:
-            raise WorkflowError(f"config: {block}: {unknown(name, config[block])}")
-        yield name
-
-
 def resolve_lists(spec, dataset, name):
     try:
         return resolve(spec, dataset, f"tables.{name}")
     except ConfigError as error:
-        raise WorkflowError(f"config: {error}") from None
+        stop(error)
 
 
 def evaluations(table):
@@ -364,7 +354,7 @@ def plot_accuracy_settings(w):
 
 def gallery_input(w):
     figure = figure_of(w)
-    (dataset,) = known("datasets", figure["datasets"])
+    (dataset,) = figure["datasets"]
     sets = {
         "images": [
             DISTILLED.format(dataset=dataset, method=m, ipc=i)
@@ -388,10 +378,8 @@ def page_items(page):
     for name in config["page"] if page == "index" else config.get("paper", []):
         if name in config["tables"]:
             spec, kind = config["tables"][name], "table"
-        elif name in config["figures"]:
-            spec, kind = config["figures"][name], "figure"
         else:
-            raise WorkflowError(f"config: page: {unknown(name, [*config['tables'], *config['figures']])}")
+            spec, kind = config["figures"][name], "figure"
         items.append({"name": name, "kind": kind, **pick(spec, "title", "caption")})
     return items
 
