@@ -1,0 +1,67 @@
+"""Running the workflow as a user does, on the smoke preset."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RUN_DEPENDENT = ("logs", "benchmarks", "checkpoints")
+"""Folders below results/smoke that tell of one run: when, how long, on what."""
+
+
+def run_snakemake(directory: Path, *arguments: str, root: Path = ROOT, preset: str = "smoke", **options):
+    """Run Snakemake with its working files and results in `directory`; never raises."""
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "-s",
+        str(root / "Snakefile"),
+        "--directory",
+        str(directory),
+    ]
+    command += ["--configfile", str(root / f"presets/{preset}.yaml")] if preset else []
+    environment = {**os.environ, "WMDD_COMMIT": "tests"}
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=environment, cwd=root, **options
+    )
+
+
+def planned(directory: Path, overlay: str = "", *, root: Path = ROOT) -> set[str]:
+    """The messages of the jobs that a dry run plans, with `overlay` laid over the smoke preset."""
+    files = []
+    if overlay:
+        (directory / "overlay.yaml").write_text(overlay, encoding="utf-8")
+        files = ["--configfile", str(root / "presets/smoke.yaml"), str(directory / "overlay.yaml")]
+    done = run_snakemake(directory, "-n", *files, root=root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return set(re.findall(r"^Job \d+: (.+)$", done.stdout + done.stderr, re.MULTILINE))
+
+
+def fingerprint(directory: Path) -> dict[str, str]:
+    """Path → SHA-256 of everything that must not differ between two runs."""
+    results = directory / "results" / "smoke"
+    return {
+        str(path.relative_to(results)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(results.rglob("*"))
+        if path.is_file()
+        and path.relative_to(results).parts[0] not in RUN_DEPENDENT
+        and path.suffix != ".html"  # the page says when and on what it was made
+    }
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory) -> Path:
+    """A folder in which the smoke preset has been run with two cores."""
+    directory = tmp_path_factory.mktemp("smoke")
+    done = run_snakemake(directory, "--cores", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return directory
