@@ -16,7 +16,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +59,8 @@ def prepare(config: dict, schema: dict) -> dict:
         config[block] = expand_entries(block, config.get(block) or {})
         kind = schema["$defs"][schema["properties"][block]["x-entry"]]
         for name, entry in config[block].items():
+            if not isinstance(name, str):
+                raise ConfigError(f"{block}.{name}: a name is text; put {name!r} in quotes")
             if not NAME.fullmatch(name):
                 raise ConfigError(
                     f"{block}.{name}: a name is part of a path; use letters, digits and _ . + -"
@@ -88,13 +90,15 @@ def check_references(config: Mapping, schema: Mapping) -> None:
 
 
 def _numbers(value: object) -> object:
-    """YAML 1.1 reads 1e-3 as text; whoever writes it means a number."""
+    """YAML 1.1 reads 1e-3 as text; whoever writes it means a number. Whole numbers are integers: 1.0 is 1."""
     if isinstance(value, dict):
         return {k: _numbers(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_numbers(v) for v in value]
     if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
-        return float(value)
+        value = float(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
     return value
 
 
@@ -103,10 +107,12 @@ def expand_entries(block: str, entries: Mapping) -> dict:
     resolved: dict[str, dict] = {}
 
     def resolve(name: str, trail: tuple[str, ...]) -> dict:
-        if name not in entries:
+        if not isinstance(name, Hashable) or name not in entries:
             raise ConfigError(f"{block}.{trail[-1]}.like: {unknown(name, entries)}")
         if name in trail:
             raise ConfigError(f"{block}.{name}.like: refers to itself through {' → '.join(trail)}")
+        if not isinstance(entries[name], Mapping | None):
+            raise ConfigError(f"{block}.{name}: expected settings, got {entries[name]!r}")
         entry = dict(entries[name] or {})
         parent = resolve(entry.pop("like"), (*trail, name)) if "like" in entry else {}
         return {**{k: v for k, v in parent.items() if k != "sweep"}, **entry}
@@ -121,9 +127,14 @@ def expand_entries(block: str, entries: Mapping) -> dict:
             isinstance(sweep, Mapping) and len(sweep) == 1 and isinstance(next(iter(sweep.values())), list)
         ):
             raise ConfigError(f"{block}.{name}.sweep: expected one key with a list of values, got {sweep!r}")
+        if block != "methods":
+            raise ConfigError(f"{block}.{name}.sweep: only methods can be swept; write an entry for each value")
         ((key, values),) = sweep.items()
         for value in values:
-            resolved[f"{name}{value}"] = {
+            member = f"{name}{value}"
+            if member in entries or member in resolved:
+                raise ConfigError(f"{block}.{name}.sweep: there is a {block}.{member} already; rename one of them")
+            resolved[member] = {
                 **entry,
                 key: value,
                 "swept": {"entry": name, "key": key, "value": value},

@@ -144,6 +144,22 @@ def select_images_settings(w):
     return {**pick(method_of(w), "selection"), "seed": config["seed"]}
 
 
+def distil_baseline_input(w):
+    return {"description": DESCRIPTION.format(dataset=w.dataset), "train": real_images(w)}
+
+
+@settings_for
+def distil_baseline_settings(w):
+    method, dataset = method_of(w), entry("datasets", w.dataset, w.dataset)
+    flip = ["flip"] if dataset.get("flip", True) and method["augmentation"] else []
+    return {
+        **without(method, "label", "network", "swept"),
+        "augmentation": [*method["augmentation"], *flip],
+        "network": without(entry("students", method["network"], w.dataset), "label"),
+        "seed": config["seed"],
+    }
+
+
 def gather_images_input(w):
     return [
         SHARD.format(dataset=w.dataset, method=w.method, ipc=w.ipc, shard=s) for s in range(shard_total(w))
@@ -261,6 +277,7 @@ RULES_BEFORE = (
     "compute_barycenter",
     "recover_images",
     "select_images",
+    "distil_baseline",
     "gather_images",
     "relabel_images",
     "evaluate_student",
@@ -295,6 +312,8 @@ def expected_digests(cells):
                 expect("recover_images", **w, shard=shard)
         elif kind == "select":
             expect("select_images", **w)
+        elif kind in ("dm", "dc"):
+            expect("distil_baseline", **w)
         for step in ("gather_images", "relabel_images", "evaluate_student"):
             expect(step, **w)
     return {rule: sorted(digests) for rule, digests in found.items() if digests}

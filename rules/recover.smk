@@ -52,6 +52,32 @@ rule select_images:
         run_script("select_images")
 
 
+# ---- baselines -------------------------------------------------------------------------------
+
+
+rule distil_baseline:
+    input:
+        unpack(distil_baseline_input),
+    output:
+        shard=SHARD,
+    log:
+        log_of("distil_baseline", "{dataset}/{method}/ipc{ipc}/shard{shard}"),
+    benchmark:
+        benchmark_of("distil_baseline", "{dataset}/{method}/ipc{ipc}/shard{shard}")
+    wildcard_constraints:
+        method=methods_of_kind("dm", "dc"),
+    conda:
+        "../envs/wmdd.yaml"
+    params:
+        settings=settings_of("distil_baseline"),
+        code=code_of("distil_baseline"),
+        job=describe_job,
+    message:
+        "Distil {wildcards.method} on {wildcards.dataset}, {wildcards.ipc} per class"
+    shell:
+        run_script("distil_baseline")
+
+
 # ---- gather ----------------------------------------------------------------------------------
 
 

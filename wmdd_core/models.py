@@ -98,13 +98,27 @@ def _resnet_trunk(architecture: str, resolution: int) -> tuple[nn.Module, int]:
     return network, dimension
 
 
+def patch_size(resolution: int) -> int:
+    """Side of a ViT's patches: 16 from 160 pixels on, as published; below, the largest divisor that
+    leaves about 8 × 8 patches and is at most 4 for the smallest images."""
+    if resolution >= 160:
+        return 16
+    return next(p for p in range(max(4, resolution // 8), 0, -1) if resolution % p == 0)
+
+
 def _vit_trunk(architecture: str, resolution: int) -> tuple[nn.Module, int]:
     from torchvision.models.vision_transformer import VisionTransformer
 
     heads = {"vit_tiny": 3, "vit_small": 6}[architecture]
+    patch = 16 if resolution >= 160 else max(1, resolution // 8)
+    if resolution % patch:
+        raise UserError(
+            f"{architecture} cannot cut {resolution} pixels into patches of {patch}; "
+            f"use a resolution that is a multiple of {16 if resolution >= 160 else 8}"
+        )
     network = VisionTransformer(
         image_size=resolution,
-        patch_size=16 if resolution >= 160 else max(1, resolution // 8),
+        patch_size=patch,
         num_layers=12,
         num_heads=heads,
         hidden_dim=64 * heads,
@@ -132,7 +146,9 @@ def load_weights(model: Classifier, weights: Mapping[str, Tensor], origin: str) 
     own = model.state_dict()
     if "classifier.weight" not in weights:
         weights = {_from_torchvision(name): value for name, value in weights.items()}
-    missing, surplus = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    # Published weights predate BatchNorm's counter of batches, which PyTorch fills in and nothing here reads.
+    missing = sorted(n for n in own.keys() - weights.keys() if not n.endswith(".num_batches_tracked"))
+    surplus = sorted(weights.keys() - own.keys())
     shaped = [
         f"{n} {tuple(weights[n].shape)} instead of {tuple(own[n].shape)}"
         for n in sorted(own.keys() & weights.keys())
