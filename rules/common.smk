@@ -1,6 +1,8 @@
 """Paths (each written once), the prepared configuration, and what every job has in common."""
 
 import functools
+import glob
+import os
 import re
 import sys
 
@@ -8,6 +10,7 @@ import yaml
 
 sys.path.insert(0, workflow.basedir)
 from rules.configuration import (
+    lineage_name,
     ConfigError,
     canonical,
     code_hash,
@@ -19,6 +22,7 @@ from rules.configuration import (
 )
 from wmdd_core.errors import UserError
 from wmdd_core.layouts import class_count
+from wmdd_core.sharding import shard_members, shard_total
 
 prepare_environment(workflow.basedir)
 
@@ -156,6 +160,38 @@ def settings_of(rule):
 def code_of(rule):
     """The code that a rule depends on, or the hash that `accept_code` puts in its place."""
     return config.get("accept_code", {}).get(rule) or code_hash(rule)
+
+
+@functools.cache
+def content_of(path):
+    """A digest of a file of this project that a script reads: its content counts, not where it lies."""
+    with open(os.path.join(workflow.basedir, path), encoding="utf-8") as file:
+        return digest(file.read())
+
+
+# ---- GPUs of this machine --------------------------------------------------------------------
+
+
+def count_gpus():
+    """How many GPUs jobs of this machine may use: those of CUDA_VISIBLE_DEVICES, or all; one, if it is named."""
+    if config["device"] != "auto":
+        return int(config["device"].startswith("cuda"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
+    return len(glob.glob("/dev/nvidia[0-9]*"))
+
+
+def local_gpu(wildcards):
+    """Jobs that use a GPU count it where Snakemake runs them itself; on a cluster its scheduler does.
+
+    Not to be asked before the executor is known: a function, then, and no number.
+    """
+    return int(workflow.local_exec)
+
+
+if count_gpus() and "local_gpu" not in workflow.global_resources:
+    workflow.register_resource("local_gpu", count_gpus())
 
 
 # ---- jobs ------------------------------------------------------------------------------------

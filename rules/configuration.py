@@ -48,6 +48,11 @@ def digest(value: object) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
+def lineage_name(rule: str, wildcards: Mapping) -> str:
+    """A rule's key in an artefact's lineage, as `wmdd_core.artifacts.lineage_name` writes it."""
+    return f"{rule} ({wildcards['teacher']})" if "teacher" in wildcards else rule
+
+
 def prepare(config: dict, schema: dict) -> dict:
     """Expand `like` and `sweep`, repair numbers that YAML reads as text, and validate.
 
@@ -78,7 +83,9 @@ def check_references(config: Mapping, schema: Mapping) -> None:
         for key, value in settings.items():
             blocks = kind["properties"][key].get("x-ref", [])
             for single in value.values() if isinstance(value, Mapping) and blocks else [value]:
-                names = [n for b in blocks for n in config[b]] + (sorted(swept) if "methods" in blocks else [])
+                names = [n for b in blocks for n in config[b]] + (
+                    sorted(swept) if "methods" in blocks else []
+                )
                 for name in (single if isinstance(single, list) else [single]) if blocks else []:
                     if name not in names:
                         raise ConfigError(f"{where}{key}: {unknown(name, names)}")
@@ -128,12 +135,16 @@ def expand_entries(block: str, entries: Mapping) -> dict:
         ):
             raise ConfigError(f"{block}.{name}.sweep: expected one key with a list of values, got {sweep!r}")
         if block != "methods":
-            raise ConfigError(f"{block}.{name}.sweep: only methods can be swept; write an entry for each value")
+            raise ConfigError(
+                f"{block}.{name}.sweep: only methods can be swept; write an entry for each value"
+            )
         ((key, values),) = sweep.items()
         for value in values:
             member = f"{name}{value}"
             if member in entries or member in resolved:
-                raise ConfigError(f"{block}.{name}.sweep: there is a {block}.{member} already; rename one of them")
+                raise ConfigError(
+                    f"{block}.{name}.sweep: there is a {block}.{member} already; rename one of them"
+                )
             resolved[member] = {
                 **entry,
                 key: value,

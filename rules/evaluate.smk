@@ -15,6 +15,8 @@ rule evaluate_student:
         ipc=r"\d+",
     conda:
         "../envs/wmdd.yaml"
+    resources:
+        local_gpu=local_gpu,
     params:
         settings=settings_of("evaluate_student"),
         code=code_of("evaluate_student"),
@@ -41,6 +43,8 @@ rule evaluate_all_real:
         method=methods_of_kind("real"),
     conda:
         "../envs/wmdd.yaml"
+    resources:
+        local_gpu=local_gpu,
     params:
         settings=settings_of("evaluate_all_real"),
         code=code_of("evaluate_all_real"),

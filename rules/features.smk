@@ -16,6 +16,8 @@ rule extract_features:
         benchmark_of("extract_features", "{dataset}/{teacher}")
     conda:
         "../envs/wmdd.yaml"
+    resources:
+        local_gpu=local_gpu,
     params:
         settings=settings_of("extract_features"),
         code=code_of("extract_features"),

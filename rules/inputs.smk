@@ -68,32 +68,25 @@ def compute_barycenter_settings(w):
 # ---- recover ---------------------------------------------------------------------------------
 
 
-def shard_members(w):
-    """The classes and the image numbers within each class that a shard holds."""
-    classes, ipc, shard = class_total(w.dataset), int(w.ipc), int(w.shard)
-    method = method_of(w)
-    if method["kind"] != "recover":
-        return {"classes": list(range(classes)), "images": list(range(ipc))}
-    if method["batch_layout"] == "whole_classes":
-        size = max(1, method["batch_size"] // ipc)
-        return {
-            "classes": list(range(classes))[shard * size : (shard + 1) * size],
-            "images": list(range(ipc)),
-        }
-    size = min(classes, method["batch_size"])
-    image, block = divmod(shard, math.ceil(classes / size))
-    return {"classes": list(range(classes))[block * size : (block + 1) * size], "images": [image]}
+def sharding_of(w):
+    """What decides which images are optimised together."""
+    return {"classes": class_total(w.dataset), **pick(method_of(w), "batch_size", "batch_layout")}
 
 
-def shard_total(w):
-    """Number of shards of a distilled set."""
-    classes, ipc = class_total(w.dataset), int(w.ipc)
-    method = method_of(w)
-    if method["kind"] != "recover":
-        return 1
-    if method["batch_layout"] == "whole_classes":
-        return math.ceil(classes / max(1, method["batch_size"] // ipc))
-    return ipc * math.ceil(classes / method["batch_size"])
+def shards_of(w):
+    """The shards of a distilled set; only recovery has more than one."""
+    if method_of(w)["kind"] != "recover":
+        return range(1)
+    sharding = sharding_of(w)
+    return range(
+        shard_total(sharding["classes"], int(w.ipc), sharding["batch_size"], sharding["batch_layout"])
+    )
+
+
+def classes_of_shard(w):
+    sharding = sharding_of(w)
+    place = (sharding["classes"], int(w.ipc), sharding["batch_size"], sharding["batch_layout"], int(w.shard))
+    return shard_members(*place)[0]
 
 
 def uses_features(method):
@@ -110,7 +103,7 @@ def recover_images_input(w):
         "statistics": BN_STATISTICS.format(**place),
     }
     if method.get("barycenter") and method["feature_term"] == "barycenter":
-        blocks = dict.fromkeys(block_of(c, w.dataset) for c in shard_members(w)["classes"])
+        blocks = dict.fromkeys(block_of(c, w.dataset) for c in classes_of_shard(w))
         files["barycenters"] = [BARYCENTER.format(**place, block=b) for b in blocks]
     if uses_features(method):
         files |= {"features": FEATURES.format(**place), "index": FEATURE_INDEX.format(**place)}
@@ -126,7 +119,7 @@ def recover_images_settings(w):
         **without(
             method_of(w), "kind", "label", "teacher", "barycenter", "swept", "batch_size", "batch_layout"
         ),
-        "members": shard_members(w),
+        "sharding": sharding_of(w),
         "seed": config["seed"],
     }
 
@@ -161,9 +154,7 @@ def distil_baseline_settings(w):
 
 
 def gather_images_input(w):
-    return [
-        SHARD.format(dataset=w.dataset, method=w.method, ipc=w.ipc, shard=s) for s in range(shard_total(w))
-    ]
+    return [SHARD.format(dataset=w.dataset, method=w.method, ipc=w.ipc, shard=s) for s in shards_of(w)]
 
 
 @settings_for
@@ -271,29 +262,16 @@ def evaluations(table):
     return [EVALUATION.format(**cell, seed=s) for cell in table_cells(table) for s in range(cell["seeds"])]
 
 
-RULES_BEFORE = (
-    "pretrain_teacher",
-    "extract_features",
-    "compute_barycenter",
-    "recover_images",
-    "select_images",
-    "distil_baseline",
-    "gather_images",
-    "relabel_images",
-    "evaluate_student",
-    "evaluate_all_real",
-)
-
-
 def expected_digests(cells):
     """rule → digests of settings and code that an artefact of these cells may carry in its lineage.
 
     What a table is made of must have been made by this configuration; anything else is refused.
     """
-    found = {rule: set() for rule in RULES_BEFORE}
+    found = {}
 
     def expect(rule, **wildcards):
-        found[rule].add(digest([SETTINGS[rule](SimpleNamespace(**wildcards)), code_of(rule)]))
+        made = digest([SETTINGS[rule](SimpleNamespace(**wildcards)), code_of(rule)])
+        found.setdefault(lineage_name(rule, wildcards), set()).add(made)
 
     for cell in cells:
         w = {k: v for k, v in cell.items() if k != "seeds"}
@@ -301,22 +279,22 @@ def expected_digests(cells):
         kind = method["kind"]
         for teacher in {labeller_of(SimpleNamespace(**w)), teacher_of(SimpleNamespace(**w))}:
             expect("pretrain_teacher", **w, teacher=teacher)
-        expect("extract_features", **w)
+            expect("extract_features", **w, teacher=teacher)
         if kind == "real":
             expect("evaluate_all_real", **w)
             continue
         if method.get("barycenter"):
-            expect("compute_barycenter", **w, barycenter=method["barycenter"])
+            place = {"teacher": teacher_of(SimpleNamespace(**w)), "barycenter": method["barycenter"]}
+            expect("compute_barycenter", **w, **place)
         if kind == "recover":
-            for shard in range(shard_total(SimpleNamespace(**w))):
-                expect("recover_images", **w, shard=shard)
+            expect("recover_images", **w)
         elif kind == "select":
             expect("select_images", **w)
         elif kind in ("dm", "dc"):
             expect("distil_baseline", **w)
         for step in ("gather_images", "relabel_images", "evaluate_student"):
             expect(step, **w)
-    return {rule: sorted(digests) for rule, digests in found.items() if digests}
+    return {name: sorted(digests) for name, digests in found.items()}
 
 
 def label_of(block, name):
@@ -333,6 +311,7 @@ def tabulate_accuracy_settings(w):
     spec = config["tables"][w.table]
     return {
         "name": w.table,
+        "published": content_of("report/published.csv"),
         "title": spec.get("title", w.table),
         "cells": cells,
         "expected": expected_digests(cells),
@@ -361,8 +340,11 @@ def figure_of(w):
 def appearance():
     """Names of methods and datasets as people read them; a method has one colour everywhere."""
     return {
-        "methods": {m: label_of("methods", m) for m in config["methods"]},
         "datasets": titles_of(config["datasets"]),
+        **{
+            block: {name: label_of(block, name) for name in config[block]}
+            for block in ("methods", "students", "recipes")
+        },
     }
 
 
@@ -404,7 +386,7 @@ def page_items(page):
 
 
 def page_input(w):
-    files = {"template": workflow.source_path("../report/page.html"), "parts": []}
+    files = {"parts": []}
     for item in page_items(w.page):
         if item["kind"] == "table":
             files["parts"].append(table_csv(item["name"]))
@@ -415,4 +397,137 @@ def page_input(w):
 
 @settings_for
 def build_page_settings(w):
-    return {"page": w.page, "items": page_items(w.page), "config": config}
+    return {
+        "page": w.page,
+        "items": page_items(w.page),
+        "config": config,
+        "template": content_of("report/page.html"),
+    }
+
+
+# ---- analysis --------------------------------------------------------------------------------
+
+
+def single(w, key):
+    """The one value that a figure lists under `key`."""
+    values = figure_of(w).get(key, [])
+    if len(values) != 1:
+        stop(f"figures.{w.figure}.{key} lists {len(values)} values; give this kind of figure exactly one")
+    return values[0]
+
+
+def needed(w, key):
+    """What a figure says under `key`."""
+    if key not in figure_of(w):
+        stop(f"figures.{w.figure}: the key {key!r} is missing; this kind of figure needs it")
+    return figure_of(w)[key]
+
+
+def figure_sets(w):
+    """The distilled sets that a figure compares, as wildcards: size by size, method by method."""
+    dataset, methods = single(w, "datasets"), list(expand_methods(needed(w, "methods")))
+    for method in methods:
+        if entry("methods", method, dataset)["kind"] == "real":
+            stop(f"figures.{w.figure}.methods: {method} makes no distilled set; remove it")
+    return [{"dataset": dataset, "method": m, "ipc": str(i)} for i in needed(w, "ipc") for m in methods]
+
+
+def expected_sets(w, recipe=None):
+    """As `expected_digests`, for the sets of a figure, and their labels if there is a recipe."""
+    any_recipe, student = next(iter(config["recipes"])), next(iter(config["students"]))
+    cells = [{**s, "recipe": recipe or any_recipe, "student": student} for s in figure_sets(w)]
+    found = without(expected_digests(cells), "evaluate_student")
+    return found if recipe else without(found, "relabel_images")
+
+
+def method_labels(methods):
+    return {m: label_of("methods", m) for m in methods}
+
+
+def stored_features(dataset):
+    """The features of the dataset's own teacher, and where each class begins in them."""
+    place = {"dataset": dataset, "teacher": labeller_of(SimpleNamespace(dataset=dataset))}
+    return {"features": FEATURES.format(**place), "index": FEATURE_INDEX.format(**place)}
+
+
+def measure_distances_input(w):
+    dataset, figure = single(w, "datasets"), figure_of(w)
+    files = {
+        "description": DESCRIPTION.format(dataset=dataset),
+        "teacher": TEACHER.format(dataset=dataset, teacher=labeller_of(SimpleNamespace(dataset=dataset))),
+        **stored_features(dataset),
+        "images": [DISTILLED.format(**s) for s in figure_sets(w)],
+    }
+    if "student" in figure:
+        files["train"] = real_images(SimpleNamespace(dataset=dataset))
+        recipe = needed(w, "recipe")
+        if entry("recipes", recipe, dataset)["labels"] == "soft":
+            files |= {
+                "labels": [LABELS.format(**s, recipe=recipe) for s in figure_sets(w)],
+                "labels_header": [LABELS_HEADER.format(**s, recipe=recipe) for s in figure_sets(w)],
+            }
+    return {name: file for name, file in files.items() if file}
+
+
+@settings_for
+def measure_distances_settings(w):
+    dataset, figure = single(w, "datasets"), figure_of(w)
+    settings = {"labels": method_labels(s["method"] for s in figure_sets(w))}
+    if "student" not in figure:
+        return {**settings, "expected": expected_sets(w)}
+    place = SimpleNamespace(dataset=dataset, recipe=needed(w, "recipe"), student=figure["student"])
+    return {
+        **settings,
+        "expected": expected_sets(w, place.recipe),
+        **evaluate_student_settings(place),
+    }
+
+
+def embed_tsne_input(w):
+    dataset = single(w, "datasets")
+    train = real_images(SimpleNamespace(dataset=dataset))
+    return {
+        "description": DESCRIPTION.format(dataset=dataset),
+        "images": [DISTILLED.format(**s) for s in figure_sets(w)],
+        **({"train": train} if train else {}),
+    }
+
+
+@settings_for
+def embed_tsne_settings(w):
+    dataset, figure = single(w, "datasets"), figure_of(w)
+    single(w, "ipc")
+    teacher = labeller_of(SimpleNamespace(dataset=dataset))
+    schedule = without(entry("teachers", teacher, dataset), "architecture", "width", "depth", "weights")
+    if "epochs" not in schedule:
+        stop(
+            f"figures.{w.figure}: teachers.{teacher} has no schedule to train with; give it epochs and the like"
+        )
+    return {
+        "figure": pick(figure, "classes", "images"),
+        "labels": method_labels(s["method"] for s in figure_sets(w)),
+        "expected": expected_sets(w),
+        "schedule": schedule,
+        "student": without(entry("students", needed(w, "student"), dataset), "label"),
+        "flip": entry("datasets", dataset, dataset).get("flip", True),
+        "seed": config["seed"],
+    }
+
+
+def trace_barycenters_input(w):
+    return stored_features(single(w, "datasets"))
+
+
+@settings_for
+def trace_barycenters_settings(w):
+    dataset = single(w, "datasets")
+    teacher = labeller_of(SimpleNamespace(dataset=dataset))
+    place = SimpleNamespace(dataset=dataset, teacher=teacher)
+    before = ("pretrain_teacher", "extract_features")
+    return {
+        "figure": {"ipc": needed(w, "ipc"), **pick(figure_of(w), "classes", "iterations")},
+        "barycenters": {b: entry("barycenters", b, dataset) for b in needed(w, "barycenters")},
+        "expected": {rule: [digest([SETTINGS[rule](place), code_of(rule)])] for rule in before},
+        "dataset": dataset,
+        "seed": config["seed"],
+    }

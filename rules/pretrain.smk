@@ -16,6 +16,8 @@ rule pretrain_teacher:
         benchmark_of("pretrain_teacher", "{dataset}/{teacher}")
     conda:
         "../envs/wmdd.yaml"
+    resources:
+        local_gpu=local_gpu,
     params:
         settings=settings_of("pretrain_teacher"),
         code=code_of("pretrain_teacher"),

@@ -16,6 +16,8 @@ rule recover_images:
         method=methods_of_kind("recover"),
     conda:
         "../envs/wmdd.yaml"
+    resources:
+        local_gpu=local_gpu,
     params:
         settings=settings_of("recover_images"),
         code=code_of("recover_images"),
@@ -68,6 +70,8 @@ rule distil_baseline:
         method=methods_of_kind("dm", "dc"),
     conda:
         "../envs/wmdd.yaml"
+    resources:
+        local_gpu=local_gpu,
     params:
         settings=settings_of("distil_baseline"),
         code=code_of("distil_baseline"),

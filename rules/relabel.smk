@@ -15,6 +15,8 @@ rule relabel_images:
         benchmark_of("relabel_images", "{dataset}/{recipe}/{method}/ipc{ipc}")
     conda:
         "../envs/wmdd.yaml"
+    resources:
+        local_gpu=local_gpu,
     params:
         settings=settings_of("relabel_images"),
         code=code_of("relabel_images"),

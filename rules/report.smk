@@ -6,7 +6,6 @@
 rule tabulate_accuracy:
     input:
         evaluations=lambda w: evaluations(w.table),
-        published=workflow.source_path("../report/published.csv"),
     output:
         csv=report(
             f"{TABLE}.csv",

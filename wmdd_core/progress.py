@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from wmdd_core.artifacts import replacing, temporary_path
 
 RESUMABLE_EXIT = 75
 """Exit status of a job that was told to stop and has saved its state (EX_TEMPFAIL)."""
@@ -18,7 +19,7 @@ class Progress:
 
     A loop asks `resume` for a state to go on from and calls `step` after each step. `checkpoint`
     is where states go (None: nowhere); `stamp` identifies the exact settings and inputs, and a
-    checkpoint with another stamp is ignored and replaced. On SIGTERM the state is saved at the end
+    checkpoint with another stamp is ignored and removed. On SIGTERM the state is saved at the end
     of the step and the process exits with status 75.
     """
 
@@ -48,9 +49,12 @@ class Progress:
             return None
         import torch
 
-        saved = torch.load(self.checkpoint, weights_only=True)
+        # On the CPU: the GPU that it was saved from may be another one, or gone.
+        saved = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
         if saved["stamp"] != self.stamp:
             self._say("a checkpoint of other settings or inputs was found and is ignored; starting afresh")
+            # Arrays beside it are overwritten from now on: going back to those settings must not find it.
+            self.checkpoint.unlink()
             return None
         self._say(f"resuming after step {saved['index'] + 1}")
         return saved["state"]
@@ -81,14 +85,13 @@ class Progress:
         """The outputs are in place: the checkpoint has done its work."""
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
+            temporary_path(self.checkpoint).unlink(missing_ok=True)
 
     def _save(self, index: int, state: dict) -> None:
         import torch
 
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.checkpoint.with_name(f"{self.checkpoint.name}.{os.getpid()}.tmp")
-        torch.save({"stamp": self.stamp, "index": index, "state": state}, temporary)
-        os.replace(temporary, self.checkpoint)
+        with replacing(self.checkpoint) as temporary:
+            torch.save({"stamp": self.stamp, "index": index, "state": state}, temporary)
 
     def _say(self, text: str) -> None:
         print(f"{self.label}: {text}", flush=True)

@@ -79,6 +79,10 @@ class RecoverySettings:
                 raise UserError(f"{key} is {getattr(self, key)!r}; known are {', '.join(known)}")
         if not (math.isfinite(self.lambda_bn) and self.lambda_bn >= 0):
             raise UserError(f"lambda_bn is {self.lambda_bn}; it must be zero or a positive number")
+        if self.feature_term == self.bn_term == "none" and not self.ce_weight:
+            raise UserError(
+                "feature_term and bn_term are both none; there is nothing to match, so set one of them"
+            )
 
     def crop_scale_at(self, steps: Tensor) -> Tensor:
         """Lower bound of the crop scale at each of `steps`."""
@@ -147,7 +151,8 @@ def recover_images(
     Raises `UserError` naming step, class and term when a loss is not finite.
     """
     images = initial if initial is not None else initial_noise(shard, resolution, seed_names)
-    images = images.to(device).contiguous().requires_grad_(True)
+    # A copy, because the loop updates it in place.
+    images = images.detach().to(device, copy=True, memory_format=torch.contiguous_format).requires_grad_(True)
     optimizer = torch.optim.Adam(
         [images], lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True
     )
@@ -161,14 +166,15 @@ def recover_images(
         with torch.no_grad():
             images.copy_(state["images"])
         optimizer.load_state_dict(state["optimizer"])
-        curves = {name: list(curve) for name, curve in state["losses"].items()}
+        curves = {name: list(curve.to(device)) for name, curve in state["losses"].items()}
         first = state["step"] + 1
 
     for step in range(first, settings.iterations):
         optimizer.param_groups[0]["lr"] = settings.learning_rate_at(step)
         optimizer.zero_grad(set_to_none=True)
+        viewed = apply_views(images, views.at(step))
         with precision or nullcontext():
-            terms, total = objective(apply_views(images, views.at(step)), step)
+            terms, total = objective(viewed, step)
         total.backward()
         optimizer.step()
         with torch.no_grad():
@@ -176,8 +182,7 @@ def recover_images(
         for name, values in terms.items():
             curves.setdefault(name, []).append(values.detach())
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.iterations:
-            for name, curve in curves.items():
-                _check_finite(name, curve[step + 1 - (step % CHECK_EVERY + 1) :], step, shard)
+            _check_finite(curves, step // CHECK_EVERY * CHECK_EVERY, shard)
         if progress:
             progress.step(
                 step,
@@ -273,7 +278,13 @@ class Objective:
     def __call__(self, viewed: Tensor, step: int) -> tuple[dict[str, Tensor], Tensor]:
         with record_input_moments(self.model) as moments:
             features = self.model.features(viewed)
-        features = features.float()
+        # The network may compute in half precision; losses and the statistics in them never do.
+        with torch.autocast(viewed.device.type, enabled=False):
+            return self._compare(features.float(), moments, step)
+
+    def _compare(
+        self, features: Tensor, moments: dict[str, Moments], step: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
         settings, paper = self.settings, self.settings.loss_form == "paper"
         terms: dict[str, Tensor] = {}
         total = features.new_zeros(())
@@ -339,17 +350,17 @@ class Objective:
         return values.new_zeros(len(self.shard.classes)).index_add(0, self.group, values)
 
 
-def _check_finite(name: str, recent: list[Tensor], last: int, shard: Shard) -> None:
-    values = torch.stack(recent).cpu()
-    if values.isfinite().all():
-        return
-    row, column = (~values.isfinite()).nonzero()[0].tolist()
-    owner = (
-        f"class {int(shard.classes[column])}"
-        if values.shape[1] > 1 or len(shard.classes) == 1
-        else "all classes"
-    )
-    raise UserError(
-        f"{name} of {owner} is {values[row, column]:g} at iteration {last + 2 - len(recent) + row}; "
-        "lower learning_rate or lambda_bn"
-    )
+def _check_finite(curves: dict[str, list[Tensor]], first: int, shard: Shard) -> None:
+    """Raise at the earliest loss from step `first` on that is not finite; later ones follow from it."""
+    faults = []
+    for name, curve in curves.items():
+        values = torch.stack(curve[first:]).cpu()
+        for row, column in (~values.isfinite()).nonzero()[:1].tolist():
+            whole = values.shape[1] == 1 and len(shard.classes) > 1
+            owner = "all classes" if whole else f"class {int(shard.classes[column])}"
+            faults.append(
+                (row, f"{name} of {owner} is {values[row, column]:g} at iteration {first + row + 1}")
+            )
+    if faults:
+        _, told = min(faults, key=lambda fault: fault[0])
+        raise UserError(f"{told}; lower learning_rate or lambda_bn")

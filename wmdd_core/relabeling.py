@@ -119,7 +119,7 @@ def hard_label_batches(
     std: Tensor,
     seed_names: tuple,
 ) -> Callable[[int], Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]]:
-    """Epochs of (views, own class, pasted class, pasted share, weights): the same views, class indices as labels."""
+    """Epochs of (views, own class, pasted class, pasted share, weights): same views, classes as labels."""
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         resolution = images.shape[-1]

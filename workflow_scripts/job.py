@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,9 @@ from wmdd_core.progress import Progress
 
 if TYPE_CHECKING:
     import torch
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What `lockf` says where a file system is mounted without locks."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -81,10 +85,16 @@ _HELD: list[IO] = []
 
 
 def _free_gpu(count: int) -> int:
-    """The first GPU that no other job of this machine holds, so that two never share one by accident."""
+    """The first GPU that no other job of this machine holds, so that two never share one by accident.
+
+    The lock carries the GPU's own identity: a scheduler shows each job its GPUs numbered from 0.
+    """
+    import torch
+
     while True:
         for gpu in range(count):
-            file = open(f"/tmp/wmdd-gpu{gpu}-{os.getuid()}.lock", "w")  # noqa: SIM115
+            identity = torch.cuda.get_device_properties(gpu).uuid
+            file = open(f"/tmp/wmdd-gpu-{identity}-{os.getuid()}.lock", "w")  # noqa: SIM115
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -139,16 +149,38 @@ def run(main: Callable[[Job], None]) -> None:
 
 @contextlib.contextmanager
 def _alone(job: Job):
-    """Hold the job's lock: a twin that an earlier, killed Snakemake left running finishes or dies first."""
+    """Hold the job's lock: a twin that an earlier, killed Snakemake left running finishes or dies first.
+
+    The file says who holds it; `workflow_scripts.status` reads it.
+    """
     path = job.checkpoint(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                print(f"another process is at work on {job.name}; waiting for it to end", flush=True)
-                time.sleep(5)
+    with _locked(path, job.name) as file:
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "slurm": os.environ.get("SLURM_JOB_ID")}
+        file.truncate(0)
+        file.write(json.dumps(holder))
+        file.flush()
         yield
         path.unlink(missing_ok=True)
+
+
+def _locked(path: Path, name: str) -> IO[str]:
+    """The file `path`, opened and locked as soon as nobody else holds it."""
+    while True:
+        file = open(path, "a+")  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+            wait = 0.0  # its holder has just ended and removed it: the next to come lock a new file
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                print(f"warning: {path.parent} cannot be locked ({error.strerror}); see docs/cluster.md")
+                return file
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            file.seek(0)
+            print(f"another process is at work on {name} {file.read()}; waiting for it to end", flush=True)
+            wait = 5.0
+        file.close()
+        time.sleep(wait)

@@ -8,6 +8,7 @@ from wmdd_core.batchnorm import LayerStatistics
 from wmdd_core.errors import UserError
 from wmdd_core.models import freeze
 from wmdd_core.recovery import RecoverySettings, Shard, recover_images
+from wmdd_core.sharding import shard_members
 from workflow_scripts.job import Job, precision, run
 from workflow_scripts.real_images import load_teacher, normalisation, open_images, read_description
 from workflow_scripts.select_images import draw_random
@@ -25,7 +26,7 @@ def read_barycenters(job: Job, classes: list[int]) -> tuple[dict[int, tuple], li
 
 
 def build_shard(job: Job, classes: list[int], numbers: list[int]) -> tuple[Shard, list[dict]]:
-    """The shard that the settings name, and the headers of what it is made from."""
+    """The shard of these classes and image numbers, and the headers of what it is made from."""
     tensors, header = read_tensors(job.input["statistics"])
     headers = [header]
     statistics = {
@@ -59,12 +60,14 @@ def build_shard(job: Job, classes: list[int], numbers: list[int]) -> tuple[Shard
 
 def main(job: Job) -> None:
     settings = dict(job.settings)
-    seed, members, start = settings.pop("seed"), settings.pop("members"), settings.pop("start")
+    seed, sharding, start = settings.pop("seed"), settings.pop("sharding"), settings.pop("start")
     device = job.device()
     description = read_description(job)
     teacher, teacher_header = load_teacher(job.input["teacher"], device)
     mean, std = normalisation(description)
-    shard, headers = build_shard(job, members["classes"], members["images"])
+    place = (int(job.wildcards["ipc"]), sharding["batch_size"], sharding["batch_layout"])
+    members = shard_members(sharding["classes"], *place, int(job.wildcards["shard"]))
+    shard, headers = build_shard(job, *members)
     if not shard.statistics and settings["bn_term"] != "none":
         raise UserError(
             f"teacher {teacher_header['wildcards']['teacher']} has no BatchNorm layer; set bn_term: none"

@@ -1,0 +1,481 @@
+"""What the configuration may say, how it is told when it says something else, and what reruns depend on."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rules import configuration
+from rules.configuration import (
+    INFRASTRUCTURE,
+    ROOT,
+    ConfigError,
+    canonical,
+    code_hash,
+    digest,
+    expand_entries,
+    prepare,
+    resolve,
+    unknown,
+)
+
+SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text(encoding="utf-8"))
+
+BASE = yaml.safe_load("""
+seed: 0
+results: results
+device: auto
+student_seeds: 2
+datasets:
+  digits: {source: digits, resolution: 16, teacher: small}
+teachers:
+  small: {architecture: convnet, width: 8, epochs: 2}
+barycenters:
+  learned: {weights: learned}
+methods:
+  wmdd: {kind: recover, barycenter: learned, lambda_bn: 1, iterations: 5, learning_rate: 0.1}
+students:
+  small: {architecture: convnet}
+recipes:
+  soft: {epochs: 3, batch_size: 10, optimizer: adamw, learning_rate: 0.001, labels: soft}
+tables:
+  main: {datasets: [digits], methods: [wmdd], ipc: [1], students: [small], recipes: [soft]}
+figures:
+  accuracy: {kind: accuracy, table: main}
+page: [main, accuracy]
+""")
+
+
+def changed(path: str, value: object) -> dict:
+    """BASE with the value at `path`, keys joined by dots."""
+    config = copy.deepcopy(BASE)
+    *blocks, key = path.split(".")
+    place = config
+    for block in blocks:
+        place = place.setdefault(block, {})
+    place[key] = value
+    return config
+
+
+def refusal(path: str, value: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        prepare(changed(path, value), SCHEMA)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- what is accepted --------------------------------------------------------------------------
+
+
+def test_the_base_is_accepted_and_left_alone():
+    before = copy.deepcopy(BASE)
+    prepared = prepare(BASE, SCHEMA)
+    assert before == BASE and prepared == {**BASE}
+
+
+@pytest.mark.parametrize("path", ["config.yaml", *(f"presets/{p.name}" for p in ROOT.glob("presets/*.yaml"))])
+def test_the_shipped_files_are_valid(path):
+    def merge(below: dict, above: dict) -> dict:
+        both = dict(below)
+        for key, value in above.items():
+            mapping = isinstance(value, dict) and isinstance(below.get(key), dict)
+            both[key] = merge(below[key], value) if mapping else value
+        return both
+
+    default = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    prepare(merge(default, yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))), SCHEMA)
+
+
+def test_every_key_of_the_schema_is_described():
+    kinds = [SCHEMA, *(k for k in SCHEMA["$defs"].values() if "properties" in k)]
+    for kind in kinds:
+        for key, allowed in kind["properties"].items():
+            assert isinstance(allowed.get("description"), str), key
+        assert set(kind.get("required", ())) <= kind["properties"].keys()
+
+
+# ---- unknown keys and names --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("students_seeds", "student_seeds"),
+        ("datasets.digits.resolutions", "resolution"),
+        ("teachers.small.learning_rat", "learning_rate"),
+        ("barycenters.learned.weight", "weights"),
+        ("methods.wmdd.lamda_bn", "lambda_bn"),
+        ("students.small.widht", "width"),
+        ("recipes.soft.temprature", "temperature"),
+        ("tables.main.method", "methods"),
+        ("figures.accuracy.tabel", "table"),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_nearest(path, near):
+    told = refusal(path, 1)
+    assert f"unknown name {path.split('.')[-1]!r}; did you mean {near!r}?" in told
+    assert told.startswith(".".join(path.split(".")[:-1]) or "config")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "near"),
+    [
+        ("datasets.digits.teacher", "smal", "small"),
+        ("methods.wmdd.barycenter", "learnt", "learned"),
+        ("methods.wmdd.barycenter", {"digits": "learnt"}, "learned"),
+        ("tables.main.datasets", ["digit"], "digits"),
+        ("tables.main.methods", ["wmdd", "wmd"], "wmdd"),
+        ("figures.accuracy.table", "man", "main"),
+        ("page", ["mian"], "main"),
+    ],
+)
+def test_an_unknown_name_is_told_with_the_nearest(path, value, near):
+    told = refusal(path, value)
+    assert path in told and f"did you mean {near!r}?" in told
+
+
+def test_without_a_near_name_the_known_ones_are_listed():
+    assert unknown("zzz", ["wmdd", "sre2l"]) == "unknown name 'zzz'; known are wmdd, sre2l"
+    assert unknown("zzz", []) == "unknown name 'zzz'; known are none"
+
+
+def test_a_missing_key_is_named_with_what_it_means():
+    config = copy.deepcopy(BASE)
+    del config["recipes"]["soft"]["labels"]
+    with pytest.raises(ConfigError, match="recipes.soft: the key 'labels' is missing .the teacher's outputs"):
+        prepare(config, SCHEMA)
+    del config["seed"]
+    with pytest.raises(ConfigError, match="config: the key 'seed' is missing"):
+        prepare(config, SCHEMA)
+
+
+# ---- types and ranges --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("seed", "zero", "seed is 'zero'; expected integer"),
+        ("seed", -1, "seed is -1; the least allowed is 0"),
+        ("seed", True, "seed is True; expected integer"),
+        ("student_seeds", 0, "the least allowed is 1"),
+        ("methods.wmdd.lambda_bn", -0.5, "methods.wmdd.lambda_bn is -0.5; the least allowed is 0"),
+        ("methods.wmdd.lambda_bn", "much", "expected number"),
+        ("methods.wmdd.lambda_bn", float("nan"), "expected a finite number"),
+        ("methods.wmdd.lambda_bn", float("inf"), "expected a finite number"),
+        ("methods.wmdd.iterations", 2.5, "expected integer"),
+        ("methods.wmdd.iterations", "2000", "expected integer"),
+        ("methods.wmdd.learning_rate", 0, "it must be above 0"),
+        ("methods.wmdd.kind", "recovr", "did you mean 'recover'?"),
+        ("datasets.digits.source", "cifar", "did you mean 'cifar10"),
+        ("datasets.digits.flip", "no", "expected boolean"),
+        ("datasets.digits.mean", [0.5, 0.5], "too short"),
+        ("datasets.digits.std", [0.5, 0.5, "x"], "datasets.digits.std.2 is 'x'; expected number"),
+        ("datasets.digits.test_fraction", 0.95, "the most allowed is 0.9"),
+        ("teachers.small.architecture", "resnet19", "did you mean 'resnet18'?"),
+        ("recipes.soft.batch_size", 1, "the least allowed is 2"),
+        ("tables.main.ipc", [1, 0], "tables.main.ipc.1 is 0; the least allowed is 1"),
+        ("tables.main.ipc", 10, "tables.main.ipc is 10; expected array"),
+        ("datasets", ["digits"], "datasets is ['digits']; expected object"),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_place_and_what_is_allowed(path, value, told):
+    refused = refusal(path, value)
+    assert told in refused and path in refused
+    assert refused.endswith(")")  # what the key means
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("methods.wmdd", "recover"),
+        ("methods.wmdd", 3),
+        ("methods.wmdd", ["recover"]),
+        ("methods.other", {"like": ["wmdd"]}),
+        ("methods.10", {"kind": "recover"}),
+        ("methods.a/b", {"kind": "recover"}),
+        ("methods..hidden", {"kind": "recover"}),
+        ("methods.with space", {"kind": "recover"}),
+        ("methods.", {"kind": "recover"}),
+    ],
+)
+def test_an_entry_that_is_none_is_one_line_not_a_traceback(path, value):
+    block, name = path.split(".", 1)
+    config = copy.deepcopy(BASE)
+    config[block][int(name) if name.isdigit() else name] = value
+    if name == "10":  # YAML reads a bare 10 as a number; as a name it is harmless
+        try:
+            assert "10" in prepare(config, SCHEMA)["methods"]
+        except ConfigError as error:
+            assert "10" in str(error)  # noqa: PT017
+        return
+    with pytest.raises(ConfigError, match=r"^methods"):
+        prepare(config, SCHEMA)
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    config = yaml.safe_load("{learning_rate: 1e-3, tolerance: 1E-4, lambda_bn: [-1.5e2, .5e1]}")
+    assert config["learning_rate"] == "1e-3"  # what makes the repair necessary
+    prepared = prepare(changed("recipes.soft.learning_rate", "1e-3"), SCHEMA)
+    assert prepared["recipes"]["soft"]["learning_rate"] == 0.001
+    prepared = prepare(changed("methods.wmdd.lambda_bn", {"digits": "1e2", "default": "1E-4"}), SCHEMA)
+    assert prepared["methods"]["wmdd"]["lambda_bn"] == {"digits": 100, "default": 0.0001}
+    prepared = prepare(changed("methods.sweep", {"like": "wmdd", "sweep": {"lambda_bn": ["1e-1"]}}), SCHEMA)
+    assert prepared["methods"]["sweep0.1"]["lambda_bn"] == 0.1
+    for text in ("1e", "e3", "0x1e3", "1e-3 ", "one", "1.5.2e3", "3e4f"):
+        assert "expected number" in refusal("methods.wmdd.lambda_bn", text)
+
+
+@pytest.mark.parametrize("value", ["1e3", 1000.0])
+def test_a_whole_number_is_an_integer_where_one_is_needed(value):
+    """`range(1000.0)` is an error, hours later and in a job."""
+    iterations = prepare(changed("methods.wmdd.iterations", value), SCHEMA)["methods"]["wmdd"]["iterations"]
+    assert iterations == 1000 and isinstance(iterations, int)
+
+
+# ---- like and sweep ----------------------------------------------------------------------------
+
+
+def test_like_inherits_and_overrides():
+    entries = {"a": {"x": 1, "y": 1}, "b": {"like": "a", "y": 2}, "c": {"like": "b", "z": 3}}
+    assert expand_entries("methods", entries) == {
+        "a": {"x": 1, "y": 1},
+        "b": {"x": 1, "y": 2},
+        "c": {"x": 1, "y": 2, "z": 3},
+    }
+    assert entries["b"] == {"like": "a", "y": 2}
+    assert list(expand_entries("methods", {"b": {"like": "a"}, "a": {"x": 1}})) == ["b", "a"]  # any order
+
+
+def test_like_replaces_a_value_by_dataset_whole():
+    entries = {"a": {"x": {"digits": 1, "default": 2}}, "b": {"like": "a", "x": {"default": 3}}}
+    assert expand_entries("methods", entries)["b"] == {"x": {"default": 3}}
+
+
+@pytest.mark.parametrize("trail", [["a"], ["a", "b"], ["a", "b", "c"]])
+def test_a_loop_in_like_is_told(trail):
+    entries = {name: {"like": after} for name, after in zip(trail, [*trail[1:], trail[0]], strict=True)}
+    with pytest.raises(ConfigError, match="methods.a.like: refers to itself through " + " → ".join(trail)):
+        expand_entries("methods", entries)
+    entries["z"] = {"like": "a"}  # a way into the loop from outside
+    with pytest.raises(ConfigError, match="refers to itself"):
+        expand_entries("methods", entries)
+
+
+def test_like_of_an_unknown_entry_is_told_with_the_nearest():
+    told = refusal("methods.other", {"like": "wmd"})
+    assert told == "methods.other.like: unknown name 'wmd'; did you mean 'wmdd'?"
+
+
+def test_a_sweep_is_an_entry_for_each_value():
+    config = changed("methods.wmdd_lambda", {"like": "wmdd", "sweep": {"lambda_bn": [0.1, 10]}})
+    config["tables"]["main"]["methods"] = ["wmdd", "wmdd_lambda"]
+    methods = prepare(config, SCHEMA)["methods"]
+    assert list(methods) == ["wmdd", "wmdd_lambda0.1", "wmdd_lambda10"]
+    assert methods["wmdd_lambda10"] == {
+        **BASE["methods"]["wmdd"],
+        "lambda_bn": 10,
+        "swept": {"entry": "wmdd_lambda", "key": "lambda_bn", "value": 10},
+    }
+
+
+def test_like_a_sweep_inherits_its_settings_without_sweeping():
+    entries = {"a": {"x": 1, "sweep": {"y": [1, 2]}}, "b": {"like": "a", "z": 3}}
+    assert list(expand_entries("methods", entries)) == ["a1", "a2", "b"]
+    assert expand_entries("methods", entries)["b"] == {"x": 1, "z": 3}
+
+
+@pytest.mark.parametrize("sweep", [{}, {"a": [1], "b": [2]}, {"lambda_bn": 1}, [1], 3, "lambda_bn"])
+def test_a_malformed_sweep_is_told(sweep):
+    assert "methods.wmdd_lambda.sweep: expected one key" in refusal(
+        "methods.wmdd_lambda", {"like": "wmdd", "sweep": sweep}
+    )
+
+
+def test_the_values_of_a_sweep_are_checked():
+    told = refusal("methods.wmdd_lambda", {"like": "wmdd", "sweep": {"lambda_bn": [1, -1]}})
+    assert told.startswith("methods.wmdd_lambda-1.lambda_bn is -1; the least allowed is 0")
+    assert "did you mean 'lambda_bn'" in refusal("methods.wmdd_l", {"like": "wmdd", "sweep": {"lambda": [1]}})
+
+
+def test_a_member_of_a_sweep_does_not_replace_an_entry():
+    config = changed("methods.wmdd_lambda10", {"like": "wmdd", "iterations": 7})
+    config["methods"]["wmdd_lambda"] = {"like": "wmdd", "sweep": {"lambda_bn": [1, 10]}}
+    with pytest.raises(ConfigError, match="wmdd_lambda10"):
+        prepare(config, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("block", "base", "sweep"),
+    [("barycenters", "learned", {"max_iterations": [5, 10]}), ("recipes", "soft", {"epochs": [5, 10]})],
+)
+def test_other_entries_sweep_too_or_say_that_they_cannot(block, base, sweep):
+    config = changed(f"{block}.swept", {"like": base, "sweep": sweep})
+    try:
+        assert {"swept5", "swept10"} <= prepare(config, SCHEMA)[block].keys()
+    except ConfigError as error:
+        assert "'swept'" not in str(error)  # noqa: PT017  a key that the user did not write
+
+
+# ---- values by dataset -------------------------------------------------------------------------
+
+
+def test_values_by_dataset_and_their_default():
+    entry = {"kind": "recover", "lambda_bn": {"imagenette": 10, "default": 1}, "ipc": [1, 10]}
+    assert resolve(entry, "imagenette", "methods.wmdd") == {
+        "kind": "recover",
+        "lambda_bn": 10,
+        "ipc": [1, 10],
+    }
+    assert resolve(entry, "digits", "methods.wmdd")["lambda_bn"] == 1
+    assert resolve({"lambda_bn": {"digits": 0, "default": 1}}, "digits", "m")["lambda_bn"] == 0
+    swept = {"swept": {"entry": "a", "key": "b", "value": 1}}
+    assert resolve(swept, "digits", "methods.a1") == swept
+
+
+def test_a_dataset_without_a_value_is_told():
+    told = "methods.wmdd.lambda_bn has no value for dataset 'digits' and no default"
+    with pytest.raises(ConfigError, match=told):
+        resolve({"lambda_bn": {"imagenette": 10}}, "digits", "methods.wmdd")
+
+
+@pytest.mark.parametrize("dataset", ["digits", "default"])
+def test_each_value_by_dataset_is_checked(dataset):
+    told = refusal("methods.wmdd.lambda_bn", {"other": 1, dataset: -1})
+    assert told.startswith(f"methods.wmdd.lambda_bn.{dataset} is -1; the least allowed is 0")
+    assert "expected a finite number" in refusal("methods.wmdd.lambda_bn", {dataset: float("nan")})
+
+
+# ---- what tells settings apart -----------------------------------------------------------------
+
+
+def test_settings_that_swap_or_repeat_values_are_told_apart():
+    swapped = [
+        {"learning_rate": 0.1, "momentum": 0.2},
+        {"learning_rate": 0.2, "momentum": 0.1},
+        {"learning_rate": 0.1, "momentum": 0.1},
+        {"learning_rate": 0.1},
+        {"learning_rate": "0.1", "momentum": 0.2},
+        {"learning_rate": [0.1, 0.2]},
+        {"learning_rate": {"momentum": 0.2}},
+        {"a": 1, "b": {"c": 2}},
+        {"a": 1, "b": {}, "c": 2},
+    ]
+    assert len({canonical(s) for s in swapped}) == len({digest(s) for s in swapped}) == len(swapped)
+
+
+def test_equal_settings_are_equal_in_any_order_and_survive_json():
+    settings = {"b": [1, 2.5, None], "a": {"λ": True, "x": "ö"}}
+    again = {"a": {"x": "ö", "λ": True}, "b": [1, 2.5, None]}
+    assert canonical(settings) == canonical(again) == canonical(json.loads(canonical(settings)))
+    assert canonical(settings) == '{"a":{"x":"ö","λ":true},"b":[1,2.5,null]}'
+
+
+def test_a_number_written_in_two_ways_is_one_setting():
+    """λ = 1 and λ = 1.0 need no second run."""
+    prepared = [prepare(changed("methods.wmdd.lambda_bn", v), SCHEMA) for v in (1, 1.0, "1e0")]
+    assert len({canonical(p["methods"]["wmdd"]) for p in prepared}) == 1
+
+
+# ---- code hashes -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A copy of the code whose files a test may change; call it with a path and what to do to the text."""
+    for folder in ("wmdd_core", "workflow_scripts"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(configuration, "ROOT", tmp_path)
+    monkeypatch.setattr(configuration, "_PARSED", {})
+
+    def edit(path: str, change) -> None:
+        file: Path = tmp_path / path
+        before = file.read_text(encoding="utf-8")
+        file.write_text(change(before), encoding="utf-8")
+        assert file.read_text(encoding="utf-8") != before
+        configuration._PARSED.clear()
+
+    return edit
+
+
+RULES = ("describe_dataset", "extract_features", "compute_barycenter", "recover_images", "evaluate_student")
+
+
+def hashes() -> dict[str, str]:
+    return {rule: code_hash(rule) for rule in RULES}
+
+
+def stale(before: dict[str, str]) -> set[str]:
+    after = hashes()
+    return {rule for rule in RULES if after[rule] != before[rule]}
+
+
+def test_the_copy_hashes_as_the_original(monkeypatch, tree):
+    copied = hashes()
+    monkeypatch.setattr(configuration, "ROOT", ROOT)
+    configuration._PARSED.clear()
+    assert hashes() == copied and len(set(copied.values())) == len(RULES)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "# a comment\n" + text,
+        lambda text: text.replace("\n\n\ndef ", "\n\n\n\n\n# why\ndef "),
+        lambda text: text.replace('"""', '"""Another docstring. ', 1),
+        lambda text: text.replace("\n    return ", "\n    # why\n    return "),
+        lambda text: text + "\n\n\n",
+    ],
+)
+def test_comments_docstrings_and_blank_lines_cost_no_rerun(tree, change):
+    before = hashes()
+    tree("wmdd_core/recovery.py", change)
+    tree("workflow_scripts/extract_features.py", lambda text: "# a comment\n" + text)
+    assert stale(before) == set()
+
+
+def test_code_of_a_module_makes_stale_what_uses_it_and_nothing_else(tree):
+    before = hashes()
+    tree("wmdd_core/recovery.py", lambda text: text.replace("VIEW_BLOCK = 500", "VIEW_BLOCK = 501"))
+    assert stale(before) == {"recover_images"}
+
+
+def test_code_that_is_imported_through_others_counts(tree):
+    before = hashes()
+    # extract_features → features → batchnorm → models, and recover_images → recovery → batchnorm → models
+    tree("wmdd_core/models.py", lambda text: text.replace("SMALL_IMAGE = 64", "SMALL_IMAGE = 32"))
+    assert stale(before) == {"extract_features", "recover_images", "evaluate_student"}
+
+
+def test_a_script_of_its_own_counts_and_so_does_a_lazy_import(tree):
+    before = hashes()
+    tree("workflow_scripts/recover_images.py", lambda text: text + "\nTHE_ANSWER = 42\n")
+    assert stale(before) == {"recover_images"}
+    before = hashes()
+    tree(
+        "workflow_scripts/compute_barycenter.py",
+        lambda t: t + "\ndef f():\n    from wmdd_core import metrics\n",
+    )
+    tree("wmdd_core/metrics.py", lambda text: text + "\nTHE_ANSWER = 42\n")
+    middle = hashes()
+    tree("wmdd_core/metrics.py", lambda text: text.replace("42", "43"))
+    assert stale(before) >= {"compute_barycenter"} and "compute_barycenter" in stale(middle)
+
+
+@pytest.mark.parametrize("module", sorted(INFRASTRUCTURE))
+def test_how_work_is_reported_and_stored_makes_nothing_stale(tree, module):
+    before = hashes()
+    tree(module.replace(".", "/") + ".py", lambda text: text + "\nTHE_ANSWER = 42\n")
+    assert stale(before) == set()
+
+
+def test_strings_that_are_no_docstrings_count(tree):
+    before = hashes()
+    tree("wmdd_core/recovery.py", lambda text: text.replace('"recovery views"', '"views of recovery"'))
+    assert stale(before) == {"recover_images"}

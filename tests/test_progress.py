@@ -1,0 +1,128 @@
+"""Checkpoints: saved when due, taken up by the same settings alone, and gone when the work is done."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from wmdd_core.progress import RESUMABLE_EXIT, Progress
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _keep_the_signal_handler():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def count_to(total: int, progress: Progress, stop_after: int | None = None) -> int:
+    """A loop as the library's: sums the numbers below `total`, and can be killed after a step."""
+    done, sum_ = -1, torch.zeros((), dtype=torch.int64)
+    if state := progress.resume():
+        done, sum_ = state["index"], state["sum"]
+    for index in range(done + 1, total):
+        sum_ = sum_ + index
+        progress.step(index, total, lambda: {"index": index, "sum": sum_}, lambda: {"sum": float(sum_)})  # noqa: B023
+        if index == stop_after:
+            raise KeyboardInterrupt
+    return int(sum_)
+
+
+def test_a_killed_loop_goes_on_where_it_was(tmp_path, capsys):
+    path = tmp_path / "deep" / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        count_to(10, Progress("sum", path, "stamp", save_every=0), stop_after=6)
+    assert "resuming" not in capsys.readouterr().out
+    again = Progress("sum", path, "stamp")
+    assert again.resume()["index"] == 6
+    assert "sum: resuming after step 7" in capsys.readouterr().out
+    assert count_to(10, again) == sum(range(10))
+    (path.parent / ".state.pt.tmp").write_text("half")  # SIGKILL while saving leaves this
+    again.finish()
+    assert list(path.parent.iterdir()) == []
+    again.finish()  # twice does no harm
+    assert Progress("sum", path, "stamp").resume() is None
+
+
+def test_a_checkpoint_of_other_settings_is_ignored_and_told(tmp_path, capsys):
+    path = tmp_path / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        count_to(10, Progress("sum", path, "λ = 1", save_every=0), stop_after=6)
+    other = Progress("sum", path, "λ = 2", save_every=0)
+    assert other.resume() is None
+    assert "of other settings or inputs" in capsys.readouterr().out
+    # Killed before its first save, the other run has still touched what belongs to the checkpoint, such as a
+    # memory map beside it; so going back to the first settings starts afresh, too.
+    assert not path.exists()
+    with pytest.raises(KeyboardInterrupt):
+        count_to(10, other, stop_after=2)
+    assert Progress("sum", path, "λ = 2").resume()["index"] == 2  # it was replaced
+    assert Progress("sum", path, "λ = 1").resume() is None
+
+
+def test_nothing_is_saved_before_it_is_due(tmp_path):
+    path = tmp_path / "state.pt"
+    count_to(50, Progress("sum", path, save_every=3600))
+    assert not path.exists()
+    calls = []
+    progress = Progress("sum", path, save_every=3600, report_every=3600)
+    for index in range(10):
+        progress.step(index, 10, lambda: calls.append("state") or {}, lambda: calls.append("figures") or {})
+    assert calls == ["figures"]  # the last line is always told
+
+
+def test_without_a_checkpoint_nothing_is_kept(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    progress = Progress("sum", save_every=0)
+    assert progress.resume() is None and count_to(10, progress) == 45
+    progress.finish()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "sum: 10/10  sum 45" in capsys.readouterr().out
+
+
+def test_reports_say_where_the_loop_is(capsys):
+    progress = Progress("sum", report_every=0)
+    count_to(3, progress)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["sum: 1/3", "sum: 2/3", "sum: 3/3"]
+    assert lines[-1].endswith("0 s left")
+
+
+def test_a_save_that_fails_keeps_the_last_good_one(tmp_path):
+    """A full disk, for instance: torch.save stops half-way."""
+    path = tmp_path / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        count_to(10, Progress("sum", path, save_every=0), stop_after=3)
+    progress = Progress("sum", path, save_every=0)
+    with pytest.raises(Exception, match="pickle"):
+        progress.step(4, 10, lambda: {"index": 4, "sum": (i for i in "cannot be saved")}, dict)
+    assert Progress("sum", path).resume()["index"] == 3
+    progress.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+LOOP = """
+import os, signal, sys
+from pathlib import Path
+from wmdd_core.progress import Progress
+progress = Progress("loop", Path(sys.argv[1]), "stamp", save_every=3600)
+for index in range(1000):
+    if index == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    print("finished", index, flush=True)
+    progress.step(index, 1000, lambda: {"next": index + 1}, dict)
+"""
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_with_75(tmp_path):
+    path = tmp_path / "state.pt"
+    stopped = subprocess.run([sys.executable, "-c", LOOP, path], cwd=ROOT, capture_output=True, text=True)
+    assert stopped.returncode == RESUMABLE_EXIT == 75, stopped.stderr
+    assert "finished 3" in stopped.stdout and "finished 4" not in stopped.stdout
+    assert "told to stop" in stopped.stdout and stopped.stderr == ""
+    assert Progress("loop", path, "stamp").resume() == {"next": 4}

@@ -1,0 +1,506 @@
+"""The report: tables from artefacts, refusals, published figures, figures, the page."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import io
+import re
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wmdd_core.artifacts import make_header, write_json, write_tensors
+from wmdd_core.errors import UserError
+from workflow_scripts import build_page, plot_accuracy, plot_gallery, tabulate_accuracy
+from workflow_scripts.drawing import COLOURS, base_name, colour_of, line_styles, new_figure, save
+from workflow_scripts.job import Job
+from workflow_scripts.tabulate_accuracy import as_latex, fold, pivot, read_rows
+
+REPORT = Path(__file__).parent.parent / "report"
+PUBLISHED = REPORT / "published.csv"
+TOP1 = {0: 61.25, 1: 64.5, 2: 60.0}
+LABELS = {
+    "datasets": {"imagenette": "ImageNette", "digits": "Digits"},
+    "methods": {"wmdd": "WMDD", "sre2l": "SRe²L", "all_real": "all real data"},
+    "students": {"resnet18": "ResNet-18"},
+    "recipes": {"wmdd": "WMDD"},
+}
+
+
+def make_job(rule: str, files: dict, output: dict, settings: dict, **wildcards: str) -> Job:
+    return Job(rule, wildcards, files, output, settings, "code", "cpu", 1, "unused")
+
+
+def make_cell(
+    dataset="imagenette", method="wmdd", ipc="10", student="resnet18", recipe="wmdd", seeds=3
+) -> dict:
+    place = {"dataset": dataset, "recipe": recipe, "method": method, "ipc": ipc, "student": student}
+    return {**place, "seeds": seeds}
+
+
+class Results:
+    """A folder of evaluations and the job that tabulates them."""
+
+    def __init__(self, root: Path, cells: list[dict]) -> None:
+        self.root, self.cells, self.expected = root, cells, {}
+        for cell in cells:
+            for seed in range(cell["seeds"]):
+                self.write(cell, seed)
+
+    def path(self, cell: dict, seed: int) -> Path:
+        return self.root.joinpath(*(cell[k] for k in tabulate_accuracy.PLACE), f"seed{seed}.json")
+
+    def write(self, cell: dict, seed: int, top1: float | None = None, known: bool = True, **changes) -> Path:
+        """Write one evaluation; `changes` are to its place, its settings and its dataset."""
+        place = {k: changes.get(k, cell[k]) for k in tabulate_accuracy.PLACE}
+        data = make_header(
+            "describe_dataset", {"dataset": cell["dataset"]}, {"data": changes.get("data", 0)}, ""
+        )
+        relabel = make_header(
+            "relabel_images", place, {"temperature": changes.get("temperature", 20)}, "", [data]
+        )
+        wildcards = {**place, "seed": str(seed)}
+        if cell["ipc"] == "all":
+            wildcards = {k: wildcards[k] for k in ("dataset", "method", "student", "seed")}
+        header = make_header("evaluate_student", wildcards, {}, "", [relabel])
+        if known:
+            for rule in ("relabel_images", "evaluate_student"):
+                self.expected.setdefault(rule, set()).add(header["lineage"][rule])
+        top1 = TOP1[seed] if top1 is None else top1
+        labels = "hard" if cell["ipc"] == "all" else "soft"
+        write_json(
+            self.path(cell, seed), {"top1": top1, "top5": top1 + 20, "count": 9, "labels": labels}, header
+        )
+        return self.path(cell, seed)
+
+    def tabulate(self, **changes) -> dict[str, Path]:
+        paths = [str(self.path(c, s)) for c in self.cells for s in range(c["seeds"])]
+        output = {k: str(self.root / f"main.{k}") for k in ("csv", "md", "tex")}
+        settings = {
+            "name": "main",
+            "title": "Main results",
+            "cells": self.cells,
+            "expected": {k: sorted(v) for k, v in self.expected.items()},
+            "labels": LABELS,
+            "swept": {},
+            **changes,
+        }
+        files = {"evaluations": paths, "published": str(PUBLISHED)}
+        tabulate_accuracy.main(make_job("tabulate_accuracy", files, output, settings, table="main"))
+        return {k: Path(v) for k, v in output.items()}
+
+
+# ---- tables ----------------------------------------------------------------------------------
+
+
+def test_mean_and_deviation_over_seeds(tmp_path):
+    (row,) = read_rows(Results(tmp_path, [make_cell()]).tabulate()["csv"])
+    values = list(TOP1.values())
+    assert float(row["top1_mean"]) == pytest.approx(statistics.mean(values), abs=1e-4)
+    assert float(row["top1_sd"]) == pytest.approx(statistics.stdev(values), abs=1e-4)
+    assert float(row["top5_mean"]) == pytest.approx(statistics.mean(values) + 20, abs=1e-4)
+    assert (row["n_seeds"], row["labels"]) == ("3", "soft")
+
+
+def test_published_figure_is_joined_by_dataset_method_size_and_student(tmp_path):
+    cells = [make_cell(), make_cell(dataset="digits"), make_cell(student="convnet"), make_cell(ipc="7")]
+    cells.append(make_cell(method="all_real", ipc="all", recipe="own"))
+    output = Results(tmp_path, cells).tabulate()
+    rows = read_rows(output["csv"])
+    assert [r["published_top1"] for r in rows] == ["64.8", "", "", "", "89.9"]
+    assert [r["published_source"] for r in rows] == ["WMDD paper", "", "", "", "WMDD paper"]
+    assert "61.9 ± 2.3 (64.8)" in output["md"].read_text()
+    assert r"61.9 $\pm$ 2.3 (64.8)" in output["tex"].read_text()
+
+
+def test_missing_cell_is_missing_and_never_zero(tmp_path):
+    lost = make_cell(method="sre2l", dataset="digits")
+    results = Results(tmp_path, [make_cell(dataset="digits"), lost])
+    for seed in range(3):
+        results.path(lost, seed).unlink()
+    output = results.tabulate()
+    row = read_rows(output["csv"])[1]
+    assert row["n_seeds"] == "0"
+    assert {row[k] for k in ("top1_mean", "top1_sd", "top5_mean", "top5_sd", "labels")} == {""}
+    assert "| SRe²L | – |" in output["md"].read_text()
+    assert "–: not measured" in output["md"].read_text()
+    assert r"SRe$^2$L & -- \\" in output["tex"].read_text()
+
+
+def test_a_lost_seed_lowers_the_count(tmp_path):
+    results = Results(tmp_path, [make_cell()])
+    results.path(make_cell(), 2).unlink()
+    (row,) = read_rows(results.tabulate()["csv"])
+    assert row["n_seeds"] == "2"
+    assert float(row["top1_sd"]) == pytest.approx(statistics.stdev([TOP1[0], TOP1[1]]), abs=1e-4)
+
+
+def test_single_seed_has_no_deviation(tmp_path):
+    output = Results(tmp_path, [make_cell(dataset="digits", seeds=1)]).tabulate()
+    (row,) = read_rows(output["csv"])
+    assert (row["top1_mean"], row["top1_sd"], row["top5_sd"]) == ("61.2500", "", "")
+    table = [line for line in output["md"].read_text().splitlines() if line.startswith("| WMDD")]
+    assert table == ["| WMDD | 61.2 |"]
+    assert "±" not in output["md"].read_text()
+
+
+@pytest.mark.parametrize(
+    "key, value", [("method", "sre2l"), ("dataset", "digits"), ("ipc", "1"), ("student", "vit")]
+)
+def test_artefact_of_another_cell_is_refused_by_name(tmp_path, key, value):
+    results = Results(tmp_path, [make_cell()])
+    path = results.write(make_cell(), 1, **{key: value})
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*{key} '{value}'") as refusal:
+        results.tabulate()
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "main.csv").exists()
+
+
+def test_artefact_of_another_seed_is_refused_by_name(tmp_path):
+    results = Results(tmp_path, [make_cell()])
+    results.path(make_cell(), 1).write_bytes(results.path(make_cell(), 2).read_bytes())
+    with pytest.raises(UserError, match=r"seed1\.json was made for seed '2', not '1'"):
+        results.tabulate()
+
+
+def test_artefact_of_other_settings_is_refused_by_name(tmp_path):
+    results = Results(tmp_path, [make_cell()])
+    path = results.write(make_cell(), 2, temperature=4, known=False)
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))} .* of relabel_images .*snakemake"):
+        results.tabulate()
+
+
+def test_step_that_the_configuration_does_not_have_is_refused(tmp_path):
+    results = Results(tmp_path, [make_cell()])
+    del results.expected["relabel_images"]
+    with pytest.raises(UserError, match="seed0.json .* of relabel_images"):
+        results.tabulate()
+
+
+def test_cells_of_different_versions_of_a_dataset_are_refused(tmp_path):
+    results = Results(tmp_path, [make_cell(), make_cell(ipc="1")])
+    path = results.write(make_cell(ipc="1"), 0, data=1)
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))} and .*seed0\.json .*dataset 'imagenette'"):
+        results.tabulate()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"top1": 3}', "\x00"])
+def test_file_that_is_no_evaluation_is_refused_by_name(tmp_path, content):
+    results = Results(tmp_path, [make_cell()])
+    results.path(make_cell(), 0).write_text(content)
+    with pytest.raises(UserError, match="seed0.json is no evaluation"):
+        results.tabulate()
+
+
+def row_of(method="wmdd", ipc="10", **more) -> dict:
+    row = dict.fromkeys(tabulate_accuracy.COLUMNS, "") | make_cell(method=method, ipc=ipc)
+    del row["seeds"]
+    return {**row, "n_seeds": "1", "top1_mean": "50.0000", **more}
+
+
+def test_pivot_orders_sizes_by_number_and_lets_the_ceiling_span_them():
+    rows = [row_of("all_real", "all", recipe="own"), *(row_of(ipc=i) for i in ("50", "1", "10"))]
+    table = pivot(rows, LABELS, {})
+    assert [ipc for _, ipc in table.columns] == ["IPC 1", "IPC 10", "IPC 50", "all"]
+    folded = fold(table)
+    assert folded.spans == [("ImageNette", 3)]
+    ((_, [(stub, ceiling), (_, distilled)]),) = folded.groups
+    assert stub == ["all real data"]
+    assert [span for _, span in ceiling] == [3]
+    assert [row["ipc"] for row, _ in distilled] == ["1", "10", "50"]
+
+
+def test_pivot_groups_students_and_recipes_and_lists_swept_values():
+    swept = {f"wmdd_lambda{v}": {"entry": "wmdd_lambda", "key": "lambda_bn", "value": v} for v in (1, 10)}
+    rows = [
+        row_of(m, student=s, recipe=r) for s in ("resnet18", "vit") for r in ("wmdd", "small") for m in swept
+    ]
+    rows += [row_of("all_real", "all", student="vit", recipe="own")]
+    table = pivot(rows, LABELS, swept)
+    assert table.stub == ["Method", "λ"]
+    titles = [t for t, _ in table.groups]
+    assert titles == [f"{s}, recipe {r}" for s in ("ResNet-18", "vit") for r in ("WMDD", "small")]
+    assert [[stub[1] for stub, _ in g] for _, g in table.groups] == [["1", "10"]] * 2 + [["1", "10", ""]] * 2
+
+
+def test_latex_escapes_names():
+    text = as_latex(pivot([row_of("a_b & 5%")], {}, {}), "made of 50 % {x}")
+    assert r"a\_b \& 5\%" in text
+    assert text.count(r"\begin{tabular}{lr}") == text.count(r"\end{tabular}") == 1
+
+
+def test_published_figures_are_those_of_the_notes():
+    published = tabulate_accuracy.read_published(str(PUBLISHED))
+    found = {k: float(row["top1"]) for k, row in published.items()}
+    assert found["imagenette", "wmdd", "100", "resnet18"] == 87.1
+    assert found["imagenet1k", "scdd", "50", "resnet18"] == 53.1
+    assert found["tiny-imagenet", "all_real", "all", "resnet18"] == 63.5
+    assert found["cifar10", "sre2l", "10", "resnet18"] == 29.3
+    assert all(0 < v < 100 for v in found.values())
+    assert all(row["source"] for row in published.values())
+
+
+def test_two_published_figures_for_one_place_are_refused(tmp_path):
+    path = tmp_path / "published.csv"
+    path.write_text("dataset,method,ipc,student,top1,source\nd,m,1,s,2.0,a\nd,m,1,s,3.0,b\n")
+    with pytest.raises(UserError, match="two figures for d, m, 1, s"):
+        tabulate_accuracy.read_published(str(path))
+
+
+# ---- figures ---------------------------------------------------------------------------------
+
+
+def test_a_method_has_one_colour_and_variants_differ_in_marker_or_dashes():
+    assert len(set(COLOURS.values())) == len(COLOURS)
+    names = ["wmdd", "wmdd_uniform", "wmdd_lambda1", "wmdd_lambda10", "sre2l", "mine", "other"]
+    styles = line_styles(names)
+    assert line_styles(reversed(names))["wmdd_uniform"]["color"] == styles["wmdd_uniform"]["color"]
+    assert styles["wmdd"]["color"] == COLOURS["wmdd"] == colour_of("wmdd")
+    assert len({(s["color"], s["marker"], str(s["linestyle"])) for s in styles.values()}) == len(names)
+    assert [base_name(n) for n in ("wmdd_lambda100", "dm", "dmx", "kmeans_real")] == [
+        "wmdd",
+        "dm",
+        "dmx",
+        "kmeans_real",
+    ]
+
+
+def figure_output(folder: Path) -> dict[str, str]:
+    return {k: str(folder / f"figure.{k}") for k in ("png", "pdf", "csv")}
+
+
+def draw_accuracy(tmp_path: Path, folder: str, **figure) -> dict[str, str]:
+    cells = [make_cell(method=m, ipc=i) for m in ("wmdd", "sre2l") for i in ("1", "10")]
+    cells.append(make_cell(method="all_real", ipc="all", recipe="own"))
+    results = Results(tmp_path, cells)
+    results.path(cells[3], 0).unlink(missing_ok=True)
+    table = results.tabulate()["csv"]
+    output = figure_output(tmp_path / folder)
+    settings = {"figure": {"kind": "accuracy", "table": "main", **figure}, "labels": LABELS}
+    plot_accuracy.main(make_job("plot_accuracy", {"table": str(table)}, output, settings, figure="accuracy"))
+    return output
+
+
+def test_accuracy_figure_is_the_same_twice_and_keeps_its_numbers(tmp_path):
+    first, second = draw_accuracy(tmp_path, "a"), draw_accuracy(tmp_path, "b")
+    for kind in first:
+        assert Path(first[kind]).read_bytes() == Path(second[kind]).read_bytes()
+    assert b"CreationDate" not in Path(first["pdf"]).read_bytes()
+    rows = read_rows(first["csv"])
+    assert [(r["method"], r["ipc"]) for r in rows][-1] == ("all_real", "all")
+    assert float(rows[0]["top1_mean"]) == pytest.approx(statistics.mean(TOP1.values()), abs=1e-4)
+
+
+def test_accuracy_figure_of_a_student_that_the_table_lacks_is_refused(tmp_path):
+    with pytest.raises(UserError, match="student 'vit' is not in table 'main', which has resnet18"):
+        draw_accuracy(tmp_path, "a", student="vit")
+
+
+def test_saving_without_dates(tmp_path):
+    figure = new_figure(1, 1)
+    figure.subplots().plot([0, 1], [0, 1])
+    for folder in ("a", "b"):
+        save(figure, figure_output(tmp_path / folder))
+    for kind in ("png", "pdf"):
+        assert (tmp_path / "a" / f"figure.{kind}").read_bytes() == (
+            tmp_path / "b" / f"figure.{kind}"
+        ).read_bytes()
+
+
+def make_gallery(root: Path, data: int = 0, **figure) -> tuple[Job, np.ndarray]:
+    """A gallery of two classes: ten real images each, one method with 1 and with 3 images."""
+    real = np.random.default_rng(0).integers(0, 256, (20, 3, 8, 8), dtype=np.uint8)
+    np.save(root / "train.npy", real)
+    header = make_header("describe_dataset", {"dataset": "digits"}, {}, "")
+    content = {"classes": ["a", "b"], "titles": ["first", "second"], "train": {"per_class": [10, 10]}}
+    write_json(root / "description.json", content, header)
+    made_from = make_header("describe_dataset", {"dataset": "digits"}, {"data": data} if data else {}, "")
+    paths = []
+    for ipc in (1, 3):
+        wildcards = {"dataset": "digits", "method": "wmdd", "ipc": str(ipc)}
+        tensors = {
+            "images": torch.full((2 * ipc, 3, 8, 8), 40 * ipc, dtype=torch.uint8),
+            "labels": torch.arange(2).repeat_interleave(ipc),
+            "weights": torch.full((2 * ipc,), 1 / ipc),
+        }
+        paths.append(str(root / f"images{ipc}.safetensors"))
+        write_tensors(paths[-1], tensors, make_header("gather_images", wildcards, {}, "", [made_from]))
+    files = {"images": paths, "description": str(root / "description.json"), "train": str(root / "train.npy")}
+    settings = {"figure": {"kind": "gallery", **figure}, "labels": LABELS}
+    return make_job("plot_gallery", files, figure_output(root), settings, figure="gallery"), real
+
+
+def test_gallery_shows_the_stored_pixels_and_lists_them(tmp_path):
+    job, real = make_gallery(tmp_path, images=2)
+    plot_gallery.main(job)
+    rows = read_rows(job.output["csv"])
+    shown = [(r["method"], r["ipc"], r["class"], r["number"], r["weight"]) for r in rows if r["class"] == "1"]
+    assert shown == [
+        ("real", "", "1", "0", ""),
+        ("real", "", "1", "1", ""),
+        ("wmdd", "1", "1", "0", "1"),
+        ("wmdd", "3", "1", "0", "0.333333"),
+        ("wmdd", "3", "1", "1", "0.333333"),
+    ]
+    # Every real image that is listed is in the picture, each pixel a square of one colour.
+    drawn = np.asarray(Image.open(job.output["png"]).convert("RGB"))
+    side = plot_gallery.LARGEST // 8
+    for number in (0, 1, 10, 11):
+        tile = real[number].transpose(1, 2, 0).repeat(side, 0).repeat(side, 1)
+        starts = np.argwhere(
+            (drawn == tile[0, 0]).all(-1) & (np.roll(drawn, -side, 1) == tile[0, side]).all(-1)
+        )
+        found = [(drawn[y : y + len(tile), x : x + len(tile)]) for y, x in starts]
+        assert any(f.shape == tile.shape and np.array_equal(f, tile) for f in found), number
+
+
+def test_gallery_is_the_same_twice(tmp_path):
+    job, _ = make_gallery(tmp_path)
+    plot_gallery.main(job)
+    first = {k: Path(v).read_bytes() for k, v in job.output.items()}
+    plot_gallery.main(job)
+    assert first == {k: Path(v).read_bytes() for k, v in job.output.items()}
+
+
+def test_gallery_refuses_images_of_other_data_and_unknown_classes(tmp_path):
+    job, _ = make_gallery(tmp_path, data=1)
+    with pytest.raises(UserError, match="images1.safetensors .*different versions of the dataset 'digits'"):
+        plot_gallery.main(job)
+    job, _ = make_gallery(tmp_path, classes=[0, 2])
+    with pytest.raises(UserError, match="classes: 2 is not a class"):
+        plot_gallery.main(job)
+
+
+def test_large_images_are_reduced_and_many_blocks_take_several_bands():
+    assert plot_gallery.image_side(26, 224) == plot_gallery.WIDTH // 26
+    assert plot_gallery.image_side(26, 16) % 16 == 0
+    assert [plot_gallery.grid_of(n, 2) for n in (1, 2, 3, 10)] == [(2, 1), (1, 1), (1, 2), (1, 5)]
+    images = [np.zeros((10, 8, 8, 3), np.uint8)]
+    real = plot_gallery.Block("real", "", images, [])
+    blocks = [plot_gallery.Block(str(i), g, images, []) for g in ("x", "y") for i in range(3)]
+    bands = plot_gallery.bands_of(real, blocks, 2)
+    assert [[b.title for b in band] for band in bands] == [["real", "0", "1", "2"]] * 2
+
+
+# ---- the page --------------------------------------------------------------------------------
+
+
+class Resources(html.parser.HTMLParser):
+    """Collects what a page loads, its ids, and the texts of its table cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads, self.ids, self.cells, self.scripts, self._in = [], set(), [], 0, None
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.ids.add(attributes.get("id"))
+        self.scripts += tag == "script"
+        if tag != "a":
+            self.loads += [attributes[k] for k in ("src", "href", "srcset", "data") if k in attributes]
+        if tag in ("td", "th"):
+            self.cells.append("")
+            self._in = tag
+
+    def handle_endtag(self, tag):
+        if tag == self._in:
+            self._in = None
+
+    def handle_data(self, data):
+        if self._in:
+            self.cells[-1] += data
+
+
+@pytest.fixture
+def page(tmp_path) -> tuple[str, Resources]:
+    cells = [
+        make_cell(),
+        make_cell(method="sre2l", ipc="1"),
+        make_cell(method="all_real", ipc="all", recipe="own"),
+    ]
+    Results(tmp_path, cells).tabulate()
+    (tmp_path / "cost.csv").write_text("method,seconds,note\nwmdd,1.5,<b>bold</b>\nsre2l,,\n")
+    figure = new_figure(1, 1)
+    save(figure, {k: str(tmp_path / f"curve.{k}") for k in ("png", "pdf")})
+    items = [
+        {"name": "main", "kind": "table", "title": "Main results"},
+        {"name": "cost", "kind": "table", "caption": "Cost & time"},
+        {"name": "curve", "kind": "figure", "title": "A curve"},
+    ]
+    blocks = {
+        "datasets": {"imagenette": {"title": "ImageNette"}},
+        "methods": {
+            "wmdd": {"label": "WMDD"},
+            "sre2l": {"label": "SRe²L"},
+            "all_real": {"label": "all real data"},
+        },
+        "students": {"resnet18": {"label": "ResNet-18"}},
+        "recipes": {"wmdd": {}},
+        "figures": {"curve": {"kind": "accuracy"}},
+    }
+    settings = {"page": "index", "items": items, "config": {"seed": 7, **blocks}}
+    parts = [str(tmp_path / n) for n in ("main.csv", "cost.csv", "curve.png")]
+    files = {"template": str(REPORT / "page.html"), "parts": parts}
+    output = {"page": str(tmp_path / "index.html")}
+    build_page.main(make_job("build_page", files, output, settings, page="index"))
+    text = (tmp_path / "index.html").read_text()
+    resources = Resources()
+    resources.feed(text)
+    return text, resources
+
+
+def test_page_needs_no_network_and_no_script(page):
+    text, resources = page
+    assert len(resources.loads) == 2  # the figure and the empty icon
+    assert all(load.startswith("data:") for load in resources.loads)
+    assert resources.scripts == 0
+    assert not re.search(r"url\(|@import|https?://", text)
+
+
+def test_page_holds_every_item_with_its_command_and_files(page):
+    text, resources = page
+    assert {"main", "cost", "curve", "provenance"} <= resources.ids
+    for name in ("main", "cost", "curve"):
+        assert f'href="#{name}"' in text
+        assert f"snakemake --cores 2 {name}</code>" in text
+    for file in ("main.csv", "main.md", "main.tex", "cost.csv", "curve.png", "curve.pdf"):
+        assert f'href="{file}"' in text
+    assert 'href="cost.md"' not in text  # there is none
+    assert "Table 1" in text and "Table 2" in text and "Figure 1" in text
+    assert "&#34;seed&#34;: 7" in text
+    assert "Cost &amp; time" in text
+
+
+def test_page_prints_tables_as_people_read_them(page):
+    text, resources = page
+    cells = [" ".join(c.split()) for c in resources.cells]
+    assert "61.9 ± 2.3 (64.8)" in cells
+    assert "61.9 ± 2.3 (20.6)" in cells
+    assert "61.9 ± 2.3 (89.9)" in cells
+    assert {"WMDD", "SRe²L", "all real data", "IPC 1", "IPC 10", "ImageNette"} <= set(cells)
+    assert "<b>bold</b>" in cells  # escaped, so it is text
+    assert "–" in cells
+    assert "0.0" not in cells
+
+
+def test_figure_on_the_page_is_the_figure(page, tmp_path):
+    import base64
+
+    _, resources = page
+    (uri,) = [u for u in resources.loads if u.startswith("data:image/png")]
+    content = base64.b64decode(uri.split(",")[1])
+    assert content == (tmp_path / "curve.png").read_bytes()
+    assert Image.open(io.BytesIO(content)).size == (200, 200)
+
+
+def test_long_tables_say_how_much_is_left_out():
+    rows = list(csv.DictReader(["a,b", *(f"{i},{i / 2}" for i in range(100))]))
+    table = build_page.plain_table(rows)
+    assert len(table["groups"][0]["rows"]) == build_page.ROWS_SHOWN
+    assert table["note"] == f"{100 - build_page.ROWS_SHOWN} more rows are in the data file."
+    assert table["columns"][0]["numeric"]

@@ -1,0 +1,265 @@
+"""Real and distilled images in the features of a network trained on both, as t-SNE maps (Fig. 6, App. G)."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from torch import Tensor
+
+from wmdd_core.artifacts import write_text
+from wmdd_core.errors import UserError
+from wmdd_core.metrics import coverage, mean_between_distance, mean_within_distance
+from wmdd_core.models import Classifier, build_model, freeze
+from wmdd_core.progress import Progress
+from wmdd_core.seeding import derive_seed, numpy_generator
+from wmdd_core.training import fit, hard_label_loss, real_batches
+from workflow_scripts.distilled_sets import DistilledSet, embed_images, read_distilled_sets, real_of_class
+from workflow_scripts.drawing import new_figure, save
+from workflow_scripts.job import Job, precision, run
+from workflow_scripts.plot_accuracy import names_of
+from workflow_scripts.pretrain_teacher import network_of, schedule_of
+from workflow_scripts.real_images import normalisation, open_images, read_description, resident
+
+REAL_SHOWN = 100
+"""Most real images drawn of a class."""
+
+NEIGHBOURS = 5
+"""Neighbours of `coverage`, as in the metric's publication."""
+
+PERPLEXITY = 30
+
+# Tol's muted colours and black: ten that colour-blind readers can tell apart.
+CLASS_COLOURS = (
+    "#332288",
+    "#88ccee",
+    "#cc6677",
+    "#117733",
+    "#ddcc77",
+    "#882255",
+    "#44aa99",
+    "#222222",
+    "#aa4499",
+    "#999933",
+)
+
+
+# ---- network and features --------------------------------------------------------------------
+
+
+def train_on_mixture(
+    job: Job, own: DistilledSet, real: Tensor, labels: Tensor, description: Mapping, progress: Progress
+) -> Classifier:
+    """A network trained from scratch on real and distilled images together, hard labels, frozen.
+
+    `real` is uint8 (N, 3, R, R), `labels` (N,). Each image counts once; equal seeds for all methods.
+    """
+    settings, device = job.settings, job.device()
+    dataset = description["header"]["wildcards"]["dataset"]
+    names = (settings["seed"], dataset, "tsne network")
+    mean, std = normalisation(description)
+    batches = real_batches(
+        torch.cat([real, own.images.to(device)]),
+        torch.cat([labels, own.labels.to(device)]),
+        settings["schedule"]["batch_size"],
+        mean,
+        std,
+        names,
+        crop_scale_min=settings["schedule"]["crop_scale_min"],
+        flip=settings["flip"],
+        device=device,
+    )
+    model = build_model(**network_of(settings["student"], description), seed=derive_seed(*names)).to(device)
+    fit(
+        model,
+        schedule_of(settings["schedule"]),
+        batches,
+        hard_label_loss,
+        precision=precision(device),
+        progress=progress,
+    )
+    return freeze(model)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Features of the shown classes' images: real (N, D) and distilled (M, D) with their labels, float64."""
+
+    method: str
+    real: np.ndarray
+    real_labels: np.ndarray
+    distilled: np.ndarray
+    distilled_labels: np.ndarray
+
+
+def drawn_evenly(labels: np.ndarray, count: int, names: tuple) -> np.ndarray:
+    """Up to `count` row numbers of each class in `labels` (N,), drawn by seed, ascending."""
+    chosen = []
+    for c in np.unique(labels):
+        rows = np.flatnonzero(labels == c)
+        drawn = numpy_generator(*names, int(c)).permutation(len(rows))[:count]
+        chosen.append(rows[np.sort(drawn)])
+    return np.concatenate(chosen)
+
+
+# ---- numbers ---------------------------------------------------------------------------------
+
+
+def summarise(embedded: Embedded, names: tuple) -> dict[str, float]:
+    """What the picture suggests, in the features themselves, not on the map.
+
+    within: mean distance between a class's distilled features, averaged over classes; between: mean
+    distance between the classes' centroids of distilled features. Both networks have a scale of their
+    own, so the same of the real features stand beside these. coverage: share of a class's real features
+    that a distilled one covers (`metrics.coverage`), averaged over classes; `coverage_random`: the
+    same for as many real images drawn at random, over the others.
+    """
+    covered, by_chance = [], []
+    for c in np.unique(embedded.distilled_labels):
+        real = embedded.real[embedded.real_labels == c]
+        distilled = embedded.distilled[embedded.distilled_labels == c]
+        covered.append(coverage(real, distilled, NEIGHBOURS))
+        order = numpy_generator(*names, "coverage", int(c)).permutation(len(real))
+        drawn, others = real[order[: len(distilled)]], real[order[len(distilled) :]]
+        by_chance.append(coverage(others, drawn, NEIGHBOURS) if len(others) > NEIGHBOURS else np.nan)
+    return {
+        "within": mean_within_distance(embedded.distilled, embedded.distilled_labels),
+        "within_real": mean_within_distance(embedded.real, embedded.real_labels),
+        "between": mean_between_distance(embedded.distilled, embedded.distilled_labels),
+        "between_real": mean_between_distance(embedded.real, embedded.real_labels),
+        "coverage": float(np.mean(covered)),
+        "coverage_random": float(np.mean(by_chance)),
+    }
+
+
+def flatten(points: np.ndarray, seed: int) -> np.ndarray:
+    """t-SNE of `points` (N, D) to the plane, started from their principal components: float64 (N, 2)."""
+    from sklearn.manifold import TSNE
+
+    perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
+    found = TSNE(init="pca", perplexity=perplexity, random_state=seed % 2**32).fit_transform(
+        points.astype(np.float32)
+    )
+    return found.astype(np.float64)
+
+
+def map_points(embedded: Embedded, shown: np.ndarray, seed: int) -> pd.DataFrame:
+    """The map of the `shown` real points and all distilled ones: kind, class, x, y."""
+    places = flatten(np.concatenate([embedded.real[shown], embedded.distilled]), seed)
+    return pd.DataFrame(
+        {
+            "method": embedded.method,
+            "kind": ["real"] * len(shown) + ["distilled"] * len(embedded.distilled),
+            "class": np.concatenate([embedded.real_labels[shown], embedded.distilled_labels]),
+            "x": places[:, 0],
+            "y": places[:, 1],
+        }
+    )
+
+
+# ---- the figure ------------------------------------------------------------------------------
+
+
+def draw(points: pd.DataFrame, labels: Mapping[str, str], classes: Sequence[str]) -> Figure:
+    """A map for each method, left to right, over the same axes; `classes` are the shown ones' titles."""
+    methods, numbers = list(dict.fromkeys(points.method)), sorted(points["class"].unique())
+    colours = dict(zip(numbers, CLASS_COLOURS, strict=False))
+    names = names_of(methods, labels)
+    titles = [textwrap.shorten(t.replace("_", " "), 22, placeholder="…") for t in classes]
+    figure = new_figure(3.4 * len(methods) + 0.4 + 0.075 * max(9, *map(len, titles)), 3.75)
+    grid = figure.subplots(1, len(methods), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, method in zip(grid, methods, strict=True):
+        draw_map(axes, points[points.method == method], colours)
+        axes.set_title(names[method], loc="left")
+    extent = 1.06 * max(points.x.abs().max(), points.y.abs().max())
+    grid[0].set(xlim=(-extent, extent), ylim=(-extent, extent))
+    for axes in grid:
+        axes.set_box_aspect(1)
+        axes.tick_params(labelbottom=False, labelleft=False, length=0)
+        axes.spines[["top", "right"]].set_visible(True)
+    kinds = [
+        Line2D([], [], linestyle="", color="#555555", marker="o", markersize=3.5, label="real"),
+        Line2D([], [], linestyle="", color="#555555", marker="^", markersize=7, label="distilled"),
+    ]
+    handles = [
+        Line2D([], [], linestyle="", color=colours[c], marker="s", label=t)
+        for c, t in zip(numbers, titles, strict=True)
+    ]
+    figure.legend(handles=[*kinds, *handles], loc="outside right upper", handletextpad=0.2)
+    return figure
+
+
+def draw_map(axes: Axes, points: pd.DataFrame, colours: Mapping[int, str]) -> None:
+    real, distilled = (points[points.kind == k] for k in ("real", "distilled"))
+    axes.scatter(real.x, real.y, s=7, c=real["class"].map(colours), alpha=0.45, linewidths=0)
+    axes.scatter(
+        distilled.x,
+        distilled.y,
+        s=46,
+        c=distilled["class"].map(colours),
+        marker="^",
+        edgecolors="black",
+        linewidths=0.7,
+        zorder=3,
+    )
+
+
+# ---- the job ---------------------------------------------------------------------------------
+
+
+def shown_classes(figure: Mapping, total: int) -> list[int]:
+    """The classes that the figure names, or the first of them; as many as there are colours."""
+    chosen = list(figure.get("classes", range(min(len(CLASS_COLOURS), total))))
+    if len(chosen) > len(CLASS_COLOURS):
+        raise UserError(f"classes: {len(chosen)} are too many; the map has colours for {len(CLASS_COLOURS)}")
+    for c in chosen:
+        if c >= total:
+            raise UserError(f"classes: {c} is not a class of this dataset; it has {total}, numbered from 0")
+    return sorted(set(chosen))
+
+
+def main(job: Job) -> None:
+    figure, device, description = job.settings["figure"], job.device(), read_description(job)
+    classes = shown_classes(figure, len(description["classes"]))
+    store = open_images(job, description, "train")
+    real, labels = resident(store, device)
+    names = (job.settings["seed"], description["header"]["wildcards"]["dataset"], "tsne")
+    lines, maps, progresses = [], [], []
+    for own in read_distilled_sets(job, description):
+        place = {**job.wildcards, "method": own.method, "ipc": own.ipc}
+        progresses.append(replace(job, wildcards=place).progress([description["header"], own.header]))
+        model = train_on_mixture(job, own, real, labels, description, progresses[-1])
+        found = [embed_images(model, real_of_class(store, c), description, device).numpy() for c in classes]
+        rows = torch.cat([own.rows(c) for c in classes])
+        embedded = Embedded(
+            own.method,
+            np.concatenate(found),
+            np.repeat(classes, [len(f) for f in found]),
+            embed_images(model, own.images[rows], description, device).numpy(),
+            own.labels[rows].numpy(),
+        )
+        shown = drawn_evenly(embedded.real_labels, figure.get("images", REAL_SHOWN), (*names, "shown"))
+        maps.append(map_points(embedded, shown, derive_seed(*names, "map")))
+        lines.append({"method": own.method, "ipc": int(own.ipc), **summarise(embedded, names)})
+    titles = description.get("titles", description["classes"])
+    points = pd.concat(maps)
+    save(draw(points, job.settings["labels"], [titles[c] for c in classes]), job.output)
+    write_text(job.output["csv"], as_csv(pd.DataFrame(lines), "%.6g"))
+    write_text(job.output["points"], as_csv(points, "%.4f"))
+    for progress in progresses:
+        progress.finish()
+
+
+def as_csv(table: pd.DataFrame, number: str) -> str:
+    return table.to_csv(index=False, lineterminator="\n", float_format=number)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,423 @@
+"""Accuracy tables: mean and deviation over student seeds, cell by cell, beside the published figures.
+
+A table is made of evaluations of this configuration and of nothing else: an artefact of another cell,
+of other settings, code or data is refused by its file name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from wmdd_core.artifacts import read_json, write_text
+from wmdd_core.errors import UserError
+from wmdd_core.metrics import format_mean_sd, mean_and_sd
+from workflow_scripts.job import Job, run
+
+COLUMNS = (
+    "dataset",
+    "ipc",
+    "method",
+    "student",
+    "recipe",
+    "labels",
+    "n_seeds",
+    "top1_mean",
+    "top1_sd",
+    "top5_mean",
+    "top5_sd",
+    "published_top1",
+    "published_source",
+)
+PLACE = ("dataset", "recipe", "method", "ipc", "student")
+DATASET_RULE = "describe_dataset"
+"""Its digest holds what was found in the data, which no configuration can foretell."""
+
+MISSING = "–"
+ALL = "all"
+"""Images per class of a student trained on all real images."""
+
+SYMBOLS = {"lambda_bn": "λ"}
+
+Row = dict[str, str]
+"""A line of the table's CSV: `COLUMNS` as text, empty where there is nothing."""
+
+
+# ---- read and check --------------------------------------------------------------------------
+
+PUBLISHED = Path(__file__).parent.parent / "report" / "published.csv"
+"""Published figures; the rule's settings hold a digest of this file."""
+
+
+def check_place(path: str, header: Mapping, place: Mapping[str, str]) -> None:
+    """Raise `UserError` unless `header` says that `path` was made for `place`.
+
+    Students on all real data have no recipe and no images per class among their wildcards.
+    """
+    wildcards = header["wildcards"]
+    optional = {"recipe", "ipc"} if place.get("ipc") == ALL else set()
+    for key, value in place.items():
+        if key not in wildcards and key in optional:
+            continue
+        if wildcards.get(key) != value:
+            raise UserError(
+                f"{path} was made for {key} {wildcards.get(key)!r}, not {value!r}: it does not belong there;"
+                " delete it and run snakemake again"
+            )
+
+
+def check_lineage(path: str, header: Mapping, expected: Mapping[str, Iterable[str]]) -> None:
+    """Raise `UserError` unless each step behind `path` has settings and code of this configuration.
+
+    expected: rule → digests that its artefacts may carry.
+    """
+    for rule, digest in header["lineage"].items():
+        if rule != DATASET_RULE and digest not in expected.get(rule, ()):
+            raise UserError(
+                f"{path} was made by other settings or code of {rule} than this configuration's;"
+                f" run snakemake again, or delete the file and what {rule} has made"
+            )
+
+
+def check_dataset(path: str, header: Mapping, first: dict[str, tuple[str, str | None]]) -> None:
+    """Raise `UserError` unless `path` was made from the same data as the `first` file of its dataset."""
+    found = header["lineage"].get(DATASET_RULE)
+    dataset = header["wildcards"]["dataset"]
+    other, known = first.setdefault(dataset, (path, found))
+    if found != known:
+        raise UserError(
+            f"{path} and {other} were made from different versions of the dataset {dataset!r}"
+            f" ({DATASET_RULE}); delete the outdated one and run snakemake again"
+        )
+
+
+def read_evaluation(path: str) -> dict | None:
+    """An evaluation with its header, or None where there is no file."""
+    if not Path(path).exists():
+        return None
+    try:
+        content = read_json(path)
+        content["header"]["wildcards"], content["header"]["lineage"]
+        content["top1"], content["top5"], content["labels"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no evaluation of a student ({error}); delete it and run snakemake again"
+        ) from error
+    return content
+
+
+def read_cells(paths: Sequence[str], cells: Sequence[Mapping], expected: Mapping) -> list[list[dict]]:
+    """The checked evaluations of each cell; `paths` holds them cell by cell and seed by seed."""
+    paths, first, found = iter(paths), {}, []
+    for cell in cells:
+        found.append([])
+        for seed in range(cell["seeds"]):
+            path = next(paths)
+            evaluation = read_evaluation(path)
+            if evaluation is None:
+                continue
+            header = evaluation["header"]
+            check_place(path, header, {**{k: cell[k] for k in PLACE}, "seed": str(seed)})
+            check_lineage(path, header, expected)
+            check_dataset(path, header, first)
+            found[-1].append(evaluation)
+    return found
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The lines of a CSV as text, nothing interpreted."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+
+
+def read_published(path: str) -> dict[tuple[str, ...], Row]:
+    """(dataset, method, ipc, student) → published figure; two figures for one place are an error."""
+    found = {}
+    for row in read_rows(path):
+        key = tuple(row[k] for k in ("dataset", "method", "ipc", "student"))
+        if key in found:
+            raise UserError(f"{path} has two figures for {', '.join(key)}; keep one")
+        found[key] = row
+    return found
+
+
+# ---- the table -------------------------------------------------------------------------------
+
+
+def summarise(cell: Mapping, evaluations: Sequence[Mapping], published: Mapping) -> Row:
+    """One line: mean and sample deviation over seeds; empty, never zero, where there is no evaluation."""
+    row = dict.fromkeys(COLUMNS, "") | {k: cell[k] for k in PLACE}
+    row["labels"] = "/".join(dict.fromkeys(e["labels"] for e in evaluations))
+    row["n_seeds"] = str(len(evaluations))
+    for key in ("top1", "top5"):
+        if evaluations:
+            mean, sd = mean_and_sd([e[key] for e in evaluations])
+            row[f"{key}_mean"] = f"{mean:.4f}"
+            row[f"{key}_sd"] = "" if sd is None else f"{sd:.4f}"
+    figure = published.get(tuple(cell[k] for k in ("dataset", "method", "ipc", "student")))
+    if figure:
+        row["published_top1"], row["published_source"] = figure["top1"], figure["source"]
+    return row
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """A table for people.
+
+    stub: names of the leading columns; columns: (dataset, ipc) as they are read;
+    groups: (title or "", [(stub texts, one CSV line or None for each column)]).
+    """
+
+    stub: list[str]
+    columns: list[tuple[str, str]]
+    groups: list[tuple[str, list[tuple[list[str], list[Row | None]]]]]
+
+
+def pivot(rows: Sequence[Row], labels: Mapping, swept: Mapping) -> Pivot:
+    """Methods as rows, dataset × images per class as columns, groups where students or recipes differ.
+
+    labels: block → name → what people read; swept: method → {key, value} of the members of a sweep.
+    """
+
+    def read(block: str, name: str) -> str:
+        return labels.get(block, {}).get(name, name)
+
+    datasets = list(dict.fromkeys(r["dataset"] for r in rows))
+    columns = sorted(
+        {(r["dataset"], r["ipc"]) for r in rows},
+        key=lambda c: (datasets.index(c[0]), c[1] == ALL, _number(c[1])),
+    )
+    several_students = len({r["student"] for r in rows}) > 1
+    several_recipes = len({r["recipe"] for r in rows if r["ipc"] != ALL}) > 1
+    keys = {swept[r["method"]]["key"] for r in rows if r["method"] in swept}
+
+    def title(student: str, recipe: str) -> str:
+        parts = [read("students", student)] if several_students else []
+        return ", ".join([*parts, f"recipe {read('recipes', recipe)}"] if several_recipes else parts)
+
+    groups: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        # The ceiling has a recipe of its own; it heads each group of its student.
+        recipes = {r["recipe"]: 0 for r in rows if r["student"] == row["student"] and r["ipc"] != ALL}
+        for recipe in (recipes or [row["recipe"]]) if row["ipc"] == ALL else [row["recipe"]]:
+            line = groups.setdefault(title(row["student"], recipe), {}).setdefault(row["method"], {})
+            line[row["dataset"], row["ipc"]] = row
+
+    def stub(method: str) -> list[str]:
+        found = swept.get(method)
+        name = read("methods", method)
+        if not keys:
+            return [name]
+        if found is None:
+            return [name, ""]
+        return [
+            name,
+            f"{found['value']}" if len(keys) == 1 else f"{_symbol(found['key'])} = {found['value']}",
+        ]
+
+    value_name = [_symbol(next(iter(keys))) if len(keys) == 1 else "setting"] if keys else []
+    return Pivot(
+        ["Method", *value_name],
+        [(read("datasets", d), ALL if i == ALL else f"IPC {i}") for d, i in columns],
+        [
+            (t, [(stub(m), [line.get(c) for c in columns]) for m, line in g.items()])
+            for t, g in groups.items()
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A `Pivot` whose ceilings span the columns of their dataset, where there are others.
+
+    spans: (dataset, number of columns); columns: images per class;
+    groups: as in `Pivot`, a cell being (CSV line or None, number of columns).
+    """
+
+    spans: list[tuple[str, int]]
+    columns: list[str]
+    groups: list[tuple[str, list[tuple[list[str], list[tuple[Row | None, int]]]]]]
+
+
+def fold(table: Pivot) -> Folded:
+    """Drop the columns "all" where a dataset has others, and let their cells span these."""
+    datasets = list(dict.fromkeys(d for d, _ in table.columns))
+    blocks = []
+    for dataset in datasets:
+        places = [n for n, c in enumerate(table.columns) if c[0] == dataset]
+        ceilings = [n for n in places if table.columns[n][1] == ALL]
+        kept = [n for n in places if n not in ceilings] or places
+        blocks.append((dataset, kept, ceilings))
+
+    def cells(line: list[Row | None]) -> Iterable[tuple[Row | None, int]]:
+        for _, kept, ceilings in blocks:
+            spanning = [line[n] for n in ceilings if line[n] is not None]
+            yield from [(spanning[0], len(kept))] if spanning else [(line[n], 1) for n in kept]
+
+    return Folded(
+        [(d, len(kept)) for d, kept, _ in blocks],
+        [table.columns[n][1] for _, kept, _ in blocks for n in kept],
+        [(t, [(stub, list(cells(line))) for stub, line in members]) for t, members in table.groups],
+    )
+
+
+def _number(ipc: str) -> int:
+    return int(ipc) if ipc.isdigit() else 0
+
+
+def _symbol(key: str) -> str:
+    return SYMBOLS.get(key, key.replace("_", " "))
+
+
+def measured(row: Row) -> str:
+    """ "87.3 ± 0.4", "87.3" for a single seed, "–" where nothing was measured."""
+    if not row["top1_mean"]:
+        return MISSING
+    return format_mean_sd(float(row["top1_mean"]), float(row["top1_sd"]) if row["top1_sd"] else None)
+
+
+def cell_text(row: Row | None) -> str:
+    """A cell with the published figure in parentheses; empty where the table asks for nothing."""
+    if row is None:
+        return ""
+    return measured(row) + (f" ({row['published_top1']})" if row["published_top1"] else "")
+
+
+def describe(rows: Sequence[Row], labels: Mapping) -> str:
+    """What the numbers are, as a sentence or two under the table."""
+    distilled = [r for r in rows if r["ipc"] != ALL]
+    counts = sorted({int(r["n_seeds"]) for r in rows if r["n_seeds"] != "0"})
+    text = "Top-1 accuracy (%) on the real test set"
+    if counts and counts[-1] > 1:
+        span = str(counts[-1]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        text += f", mean ± sample standard deviation over {span} students trained from scratch"
+    elif counts:
+        text += ", one student trained from scratch for each cell"
+    for word, block, key in (("student", "students", "student"), ("recipe", "recipes", "recipe")):
+        names = list(dict.fromkeys(r[key] for r in distilled))
+        if len(names) == 1:
+            text += f"; {word} {labels.get(block, {}).get(names[0], names[0])}"
+    kinds = list(dict.fromkeys(r["labels"] for r in distilled if r["labels"]))
+    text += f"; {' and '.join(kinds)} labels." if kinds else "."
+    if {r["ipc"] for r in rows} - {ALL}:
+        text += " IPC: images per class."
+    if len(distilled) < len(rows):
+        text += " Students on all real images are trained with hard labels and their own recipe."
+    if any(not r["top1_mean"] for r in rows):
+        text += f" {MISSING}: not measured."
+    sources = sorted({r["published_source"] for r in rows if r["published_source"]})
+    if sources:
+        text += f" In parentheses: the published figure ({', '.join(sources)})."
+    return text
+
+
+def provenance(evaluations: Sequence[Mapping]) -> str:
+    """Commit, seeds and versions of what a table is made of, as one line."""
+    headers = [e["header"] for e in evaluations]
+    if not headers:
+        return "No evaluation was found."
+    commits = dict.fromkeys(h["commit"] for h in headers)
+    seeds = sorted({int(h["wildcards"]["seed"]) for h in headers})
+    versions = dict.fromkeys(f"{k} {v}" for h in headers for k, v in sorted(h["versions"].items()))
+    return (
+        f"Made from {len(headers)} evaluations; student seeds {', '.join(map(str, seeds))};"
+        f" commit {', '.join(commits)}; {', '.join(versions)}."
+    )
+
+
+# ---- formats ---------------------------------------------------------------------------------
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    return pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(index=False, lineterminator="\n")
+
+
+def as_markdown(table: Pivot, title: str, *notes: str) -> str:
+    """A pipe table with its notes."""
+
+    def line(texts: Iterable[str]) -> str:
+        return "| " + " | ".join(t.replace("|", "\\|") for t in texts) + " |"
+
+    width = len(table.stub) + len(table.columns)
+    lines = [f"# {title}", "", line([*table.stub, *(f"{d}, {i}" for d, i in table.columns)])]
+    lines.append(line(["---"] * len(table.stub) + ["---:"] * len(table.columns)))
+    for group, members in table.groups:
+        if group:
+            lines.append(line([f"**{group}**", *[""] * (width - 1)]))
+        lines += [line([*stub, *map(cell_text, cells)]) for stub, cells in members]
+    return "\n".join([*lines, *(part for note in notes for part in ("", note))]) + "\n"
+
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "²": "$^2$",
+    "λ": r"$\lambda$",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "–": "--",
+}
+
+
+def escape(text: str) -> str:
+    """Text as LaTeX prints it."""
+    return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found[0]], text)
+
+
+def as_latex(table: Pivot, *notes: str) -> str:
+    """A `tabular` to be \\input into a paper that loads booktabs."""
+    stub, folded = len(table.stub), fold(table)
+    width = stub + len(folded.columns)
+
+    def line(texts: Iterable[str]) -> str:
+        return " & ".join(texts) + r" \\"
+
+    def spanning(text: str, columns: int, where: str) -> str:
+        return f"\\multicolumn{{{columns}}}{{{where}}}{{{text}}}" if columns > 1 else text
+
+    rules, start = [], stub + 1
+    for _, columns in folded.spans:
+        rules.append(f"\\cmidrule(lr){{{start}-{start + columns - 1}}}")
+        start += columns
+    lines = [*(f"% {note}" for note in notes), "% needs \\usepackage{booktabs}"]
+    lines += [f"\\begin{{tabular}}{{{'l' * stub}{'r' * len(folded.columns)}}}", "\\toprule"]
+    lines.append(line([*[""] * stub, *(spanning(escape(d), n, "c") for d, n in folded.spans)]))
+    lines += [" ".join(rules), line(map(escape, [*table.stub, *folded.columns]))]
+    for title, members in folded.groups:
+        lines.append("\\midrule")
+        if title:
+            lines.append(line([spanning(f"\\emph{{{escape(title)}}}", width, "l")]))
+        for names, cells in members:
+            texts = (spanning(escape(cell_text(row)), columns, "c") for row, columns in cells)
+            lines.append(line([*map(escape, names), *texts]))
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def listed(files: str | list[str]) -> list[str]:
+    """Files of an input that may hold one or several."""
+    return [files] if isinstance(files, str) else list(files)
+
+
+def main(job: Job) -> None:
+    settings = job.settings
+    cells, labels = settings["cells"], settings["labels"]
+    evaluations = read_cells(listed(job.input["evaluations"]), cells, settings["expected"])
+    published = read_published(PUBLISHED)
+    rows = [summarise(cell, found, published) for cell, found in zip(cells, evaluations, strict=True)]
+
+    table = pivot(rows, labels, settings["swept"])
+    notes = (describe(rows, labels), provenance([e for found in evaluations for e in found]))
+    write_text(job.output["csv"], as_csv(rows))
+    write_text(job.output["md"], as_markdown(table, settings["title"], *notes))
+    write_text(job.output["tex"], as_latex(table, *notes))
+    print(as_markdown(table, settings["title"]))
+
+
+if __name__ == "__main__":
+    run(main)
