@@ -231,21 +231,14 @@ def test_inputs_that_do_not_belong_together_are_refused_by_the_rules_name():
         header_of("recover_images", {}, [old, new])
 
 
-def test_shards_of_one_set_are_gathered():
-    """The settings of a shard name its members; the shards of a set differ in nothing else."""
-    shards = [
-        header_of(
-            "recover_images", {"lambda_bn": 1, "members": {"classes": [c], "images": [0]}}, shard=str(c)
-        )
-        for c in range(3)
-    ]
+def test_shards_of_one_set_are_gathered_and_a_stray_one_is_not():
+    """Which members a shard has follows from its number, a wildcard, and is no setting."""
+    shards = [header_of("recover_images", {"lambda_bn": 1}, shard=str(number)) for number in range(3)]
     lineage = header_of("gather_images", {}, shards)["lineage"]
     assert list(lineage) == ["recover_images", "gather_images"]
-    other = header_of(
-        "recover_images", {"lambda_bn": 2, "members": {"classes": [3], "images": [0]}}, shard="3"
-    )
+    stray = header_of("recover_images", {"lambda_bn": 2}, shard="3")
     with pytest.raises(UserError, match="of recover_images"):
-        header_of("gather_images", {}, [*shards, other])
+        header_of("gather_images", {}, [*shards, stray])
 
 
 def test_two_teachers_may_meet():

@@ -102,8 +102,7 @@ def test_weighted_moments_of_groups():
     w = torch.tensor([0.2, 0.8, 0.5, 0.3, 0.2], dtype=torch.float64)
     weights = torch.zeros(2, 5, dtype=torch.float64)
     weights[0, :2], weights[1, 2:] = w[:2], w[2:]
-    mean, var = image_moments(x)
-    group_mean, group_var = group_moments((mean.double(), var.double()), weights)
+    group_mean, group_var = group_moments(image_moments(x), weights)
     for g, rows in enumerate([slice(0, 2), slice(2, 5)]):
         pixels = x[rows].transpose(0, 1).flatten(2)
         wanted_mean = (pixels.mean(2) * w[rows]).sum(1)
@@ -114,6 +113,24 @@ def test_weighted_moments_of_groups():
 
 def test_a_layer_on_vectors_has_variance_between_images_only():
     x = torch.randn(6, 4, dtype=torch.float64, generator=torch_generator(4))
-    mean, var = group_moments(image_moments(x), torch.full((1, 6), 1 / 6))
+    mean, var = group_moments(image_moments(x), torch.full((1, 6), 1 / 6, dtype=torch.float64))
     torch.testing.assert_close(mean[0].double(), x.mean(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(var[0].double(), x.var(0, correction=0), rtol=1e-6, atol=1e-6)
+
+
+def test_moments_and_their_gradient_equal_autograds_own():
+    x = torch.randn(4, 6, 5, 3, generator=torch_generator(5)) * 3 + 20
+    pull = torch.randn(2, 4, 6, generator=torch_generator(6), dtype=torch.float64)
+
+    def gradient(v: torch.Tensor, moments) -> torch.Tensor:
+        v = v.clone().requires_grad_(True)
+        mean, var = moments(v)
+        (mean.double() * pull[0] + var.double() * pull[1]).sum().backward()
+        return v.grad
+
+    def direct_moments(v):
+        return v.mean((2, 3)), v.var((2, 3), correction=0)
+
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours = gradient(x.contiguous(memory_format=layout), image_moments)
+        torch.testing.assert_close(ours.double(), gradient(x.double(), direct_moments), rtol=1e-4, atol=1e-5)

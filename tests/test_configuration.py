@@ -391,15 +391,16 @@ def tree(tmp_path, monkeypatch):
     """A copy of the code whose files a test may change; call it with a path and what to do to the text."""
     for folder in ("wmdd_core", "workflow_scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    hashes()  # the files that a test leaves alone are parsed once for all tests
+    monkeypatch.setattr(configuration, "_PARSED", dict(configuration._PARSED))
     monkeypatch.setattr(configuration, "ROOT", tmp_path)
-    monkeypatch.setattr(configuration, "_PARSED", {})
 
     def edit(path: str, change) -> None:
         file: Path = tmp_path / path
         before = file.read_text(encoding="utf-8")
         file.write_text(change(before), encoding="utf-8")
         assert file.read_text(encoding="utf-8") != before
-        configuration._PARSED.clear()
+        configuration._PARSED.pop(path.removesuffix(".py").replace("/", "."), None)
 
     return edit
 
@@ -417,6 +418,7 @@ def stale(before: dict[str, str]) -> set[str]:
 
 
 def test_the_copy_hashes_as_the_original(monkeypatch, tree):
+    configuration._PARSED.clear()
     copied = hashes()
     monkeypatch.setattr(configuration, "ROOT", ROOT)
     configuration._PARSED.clear()

@@ -1,0 +1,195 @@
+"""The barycenter against what is known of it: means, k-means, POT's solver, two Diracs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import ot
+import pytest
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_digits
+
+from wmdd_core.barycenter import wasserstein_barycenter
+from wmdd_core.errors import UserError
+from wmdd_core.transport import solve_transport, squared_cost
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def digits(label: int) -> np.ndarray:
+    data = load_digits()
+    return data.data[data.target == label]
+
+
+def relu_features(count: int = 1300, dimension: int = 512) -> np.ndarray:
+    """What a network's features look like: noisy clusters behind a ReLU."""
+    centres = rng(1).normal(size=(30, dimension))
+    return np.maximum(
+        centres[rng(2).integers(30, size=count)] + 1.5 * rng(3).normal(size=(count, dimension)), 0
+    )
+
+
+def best_of_ten(points: np.ndarray, size: int) -> float:
+    return KMeans(size, n_init=10, random_state=0).fit(points).inertia_ / len(points)
+
+
+@pytest.mark.parametrize("weights", ["learned", "uniform", "kmeans"])
+def test_one_atom_is_the_mean(weights):
+    points = digits(3)
+    found = wasserstein_barycenter(points, 1, generator=rng(), weights=weights)
+    np.testing.assert_allclose(found.support[0], points.mean(0), atol=1e-9)
+    assert found.objective == pytest.approx(points.var(0).sum(), rel=1e-9)
+    assert found.weights == pytest.approx([1])
+
+
+@pytest.mark.parametrize("weights", ["learned", "uniform"])
+def test_as_many_atoms_as_points_are_the_points(weights):
+    points = rng().normal(size=(9, 4))
+    found = wasserstein_barycenter(points, 9, generator=rng(), weights=weights)
+    assert found.objective == pytest.approx(0, abs=1e-12)
+    assert squared_cost(points, found.support).min(1).max() < 1e-12
+    np.testing.assert_allclose(found.weights, 1 / 9, atol=1e-9)
+
+
+def test_two_diracs_of_unequal_mass():
+    points = np.array([[0.0, 0.0]] * 3 + [[4.0, 0.0]])
+    one = wasserstein_barycenter(points, 1, generator=rng())
+    np.testing.assert_allclose(one.support, [[1, 0]], atol=1e-12)
+    two = wasserstein_barycenter(points, 2, generator=rng(), max_iterations=200, tolerance=0)
+    order = two.support[:, 0].argsort()
+    np.testing.assert_allclose(two.support[order], [[0, 0], [4, 0]], atol=1e-6)
+    np.testing.assert_allclose(two.weights[order], [0.75, 0.25], atol=1e-6)
+    even = wasserstein_barycenter(points, 2, generator=rng(), weights="uniform")
+    np.testing.assert_allclose(even.weights, 0.5)
+    # Half of the mass has to share an atom: 2/4 at 0, and (0, 4) meet in the middle.
+    assert even.objective == pytest.approx(2.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 5, 10, 20])
+def test_within_two_percent_of_kmeans_on_digits(size):
+    for label in range(10):
+        points = digits(label)
+        found = wasserstein_barycenter(points, size, generator=rng(label))
+        assert found.converged
+        assert found.objective <= 1.02 * best_of_ten(points, size), label
+
+
+@pytest.mark.parametrize("size", [10, 50, 100])
+def test_within_two_percent_of_kmeans_on_network_like_features(size):
+    points = relu_features()
+    found = wasserstein_barycenter(points, size, generator=rng(7))
+    assert found.converged
+    assert found.objective <= 1.02 * best_of_ten(points, size)
+    assert found.objective == pytest.approx(
+        ot.emd2(found.weights, np.full(len(points), 1 / len(points)), squared_cost(found.support, points)),
+        rel=1e-9,
+    )
+
+
+def test_uniform_mode_is_pots_free_support_solver():
+    points = digits(5)
+    start = points[rng(4).choice(len(points), 6, replace=False)]
+    theirs = ot.lp.free_support_barycenter(
+        [points], [np.full(len(points), 1 / len(points))], start.copy(), numItermax=40, stopThr=0
+    )
+    ours = wasserstein_barycenter(
+        points, 6, generator=rng(), weights="uniform", initialisation=start, max_iterations=40, tolerance=0
+    )
+    np.testing.assert_allclose(ours.support, theirs, atol=1e-8)
+
+
+def test_learned_weights_beat_uniform_ones_on_average():
+    excess = []
+    for label in range(10):
+        points = digits(label)
+        learned, uniform = (
+            wasserstein_barycenter(points, 10, generator=rng(label), weights=w).objective
+            for w in ("learned", "uniform")
+        )
+        excess.append(uniform / learned - 1)
+    assert np.mean(excess) > 0.005  # uniform weights are a constraint, and balanced clusters cost something
+
+
+@pytest.mark.parametrize("weights", ["learned", "uniform"])
+@pytest.mark.parametrize("initialisation", ["kmeans++", "kmeans", "random_points", "normal"])
+def test_no_iteration_raises_the_distance_and_every_atom_keeps_weight(weights, initialisation):
+    found = wasserstein_barycenter(
+        digits(2), 15, generator=rng(6), weights=weights, initialisation=initialisation
+    )
+    assert (np.diff(found.history) <= 0).all()
+    assert found.weights.min() > 0 and found.weights.sum() == pytest.approx(1)
+    assert np.isfinite(found.support).all()
+    assert found.history[-1] == found.objective
+
+
+def test_first_iteration_is_algorithm_two_written_out():
+    points = digits(6)[:40]
+    start, count = points[:4] + 0.1, 40
+    cost = squared_cost(start, points)
+    solved = solve_transport(np.full(4, 1 / 4), np.full(count, 1 / count), cost)
+    newton = np.stack([(solved.plan[j][:, None] * points).sum(0) / 0.25 for j in range(4)])
+    found = wasserstein_barycenter(
+        points, 4, generator=rng(), initialisation=start, max_iterations=1, tolerance=0
+    )
+    np.testing.assert_allclose(found.support, newton, atol=1e-9)
+    beta = solved.potentials_a - solved.potentials_a.mean()
+    step = (solved.value - cost.min(0).mean()) / (beta @ beta)
+    projected = np.full(4, 1 / 4) - step * beta
+    assert projected.min() > 1 / (4 * count)  # so that the projection leaves it as it is
+    np.testing.assert_allclose(found.weights, projected, atol=1e-9)
+
+
+def test_ten_iterations_as_in_the_paper_leave_a_full_trace():
+    found = wasserstein_barycenter(
+        relu_features(200, 32), 10, generator=rng(), max_iterations=10, tolerance=0
+    )
+    assert found.iterations <= 10 and len(found.history) == found.iterations + 1
+
+
+def test_same_generator_same_bits():
+    first, second = (wasserstein_barycenter(digits(1), 10, generator=rng(9)) for _ in range(2))
+    assert np.array_equal(first.support, second.support) and np.array_equal(first.weights, second.weights)
+    other = wasserstein_barycenter(digits(1), 10, generator=rng(10))
+    assert not np.array_equal(first.support, other.support)
+
+
+def test_duplicates_constants_and_single_points():
+    repeated = np.repeat(rng().normal(size=(3, 5)), 10, axis=0)
+    found = wasserstein_barycenter(repeated, 6, generator=rng())
+    assert found.objective == pytest.approx(0, abs=1e-9) and found.weights.min() > 0
+    constant = wasserstein_barycenter(np.ones((8, 3)), 2, generator=rng())
+    np.testing.assert_allclose(constant.support, 1)
+    single = wasserstein_barycenter(np.array([[2.0, 3.0]]), 1, generator=rng())
+    np.testing.assert_allclose(single.support, [[2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"size": 11}, "at least as many points; there are 10"),
+        ({"points": np.full((10, 2), np.nan)}, "10 of 10 points are not finite"),
+        ({"weights": "learnt"}, "known are learned, uniform, kmeans"),
+        ({"initialisation": "zeros"}, "known are kmeans"),
+        ({"points": np.ones(10)}, "expected"),
+    ],
+)
+def test_mistakes_are_told(change, told):
+    given = {"points": rng().normal(size=(10, 2)), "size": 3, "generator": rng(), **change}
+    points, size = given.pop("points"), given.pop("size")
+    with pytest.raises(UserError, match=told):
+        wasserstein_barycenter(points, size, **given)
+
+
+def test_no_torch_in_a_barycenter_job():
+    code = (
+        "import sys, numpy as np, workflow_scripts.compute_barycenter\n"
+        "from wmdd_core.barycenter import wasserstein_barycenter\n"
+        "wasserstein_barycenter(np.random.rand(30, 4), 3, generator=np.random.default_rng(0))\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
