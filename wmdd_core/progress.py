@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from wmdd_core.artifacts import replacing, temporary_path
 
@@ -81,11 +84,38 @@ class Progress:
             self._say("told to stop; the state is saved and the next run goes on from it")
             sys.exit(RESUMABLE_EXIT)
 
-    def finish(self) -> None:
-        """The outputs are in place: the checkpoint has done its work."""
-        if self.checkpoint is not None:
-            self.checkpoint.unlink(missing_ok=True)
-            temporary_path(self.checkpoint).unlink(missing_ok=True)
+    def array(self, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.memmap:
+        """A memory-mapped array for the loop to fill, kept beside the checkpoint so that it survives a kill.
+
+        Ask for it before `resume`: where it is missing or of another shape, what the checkpoint says of
+        it is void and the loop starts afresh.
+        """
+        path = self.partial
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and self.checkpoint.exists():
+            found = np.lib.format.open_memmap(path, mode="r+")
+            if found.shape == shape and found.dtype == dtype:
+                return found
+        self.checkpoint.unlink(missing_ok=True)
+        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+    @property
+    def partial(self) -> Path:
+        """Where `array` lies until the job is done."""
+        return self.checkpoint.with_suffix(".npy")
+
+    def finish(self, array: str | None = None) -> None:
+        """The outputs are in place: the checkpoint has done its work, and `array` is where its array belongs.
+
+        The array moves last: a kill in between leaves one without a checkpoint, which counts for nothing.
+        """
+        if self.checkpoint is None:
+            return
+        self.checkpoint.unlink(missing_ok=True)
+        temporary_path(self.checkpoint).unlink(missing_ok=True)
+        if array is not None:
+            Path(array).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.partial, array)
 
     def _save(self, index: int, state: dict) -> None:
         import torch

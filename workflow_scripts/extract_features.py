@@ -1,7 +1,5 @@
 """Embed every real image and measure the teacher's BatchNorm statistics, in one pass."""
 
-import os
-
 import numpy as np
 
 from wmdd_core.artifacts import write_json, write_tensors
@@ -22,17 +20,8 @@ def main(job: Job) -> None:
     inputs = [description["header"], teacher_header]
     progress = job.progress(inputs)
 
-    # The memory map lives beside the checkpoint, so that what is done survives a kill.
-    partial = job.checkpoint(".npy")
-    partial.parent.mkdir(parents=True, exist_ok=True)
     shape = (len(store), teacher.classifier.in_features)
-    resuming = partial.exists() and job.checkpoint().exists()
-    features = np.lib.format.open_memmap(
-        partial,
-        mode="r+" if resuming else "w+",
-        dtype=None if resuming else np.float32,
-        shape=None if resuming else shape,
-    )
+    features = progress.array(np.float32, shape)
     statistics = extract_features(
         freeze(teacher),
         lambda start: in_order(store, description, device, start, BATCH_SIZE),
@@ -43,8 +32,6 @@ def main(job: Job) -> None:
     features.flush()
 
     header = job.header(inputs)
-    os.makedirs(os.path.dirname(job.output["features"]), exist_ok=True)
-    os.replace(partial, job.output["features"])
     counts = description["train"]["per_class"]
     offsets = np.cumsum([0, *counts]).tolist()
     write_json(job.output["index"], {"offsets": offsets, "dimension": shape[1]}, header)
@@ -52,7 +39,7 @@ def main(job: Job) -> None:
         f"{name}.{part}": value for name, layer in statistics.items() for part, value in vars(layer).items()
     }
     write_tensors(job.output["statistics"], tensors, {**header, "layers": list(statistics)})
-    progress.finish()
+    progress.finish(job.output["features"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Relabel: the teacher's logits on each epoch's view of each distilled image (FKD)."""
 
-import os
-
 import numpy as np
 
 from wmdd_core.artifacts import read_tensors, write_json
@@ -19,16 +17,8 @@ def main(job: Job) -> None:
     inputs = [description["header"], teacher_header, distilled_header]
     progress = job.progress(inputs)
 
-    partial = job.checkpoint(".npy")
-    partial.parent.mkdir(parents=True, exist_ok=True)
     shape = (settings["epochs"], len(images), len(description["classes"]))
-    resuming = partial.exists() and job.checkpoint().exists()
-    labels = np.lib.format.open_memmap(
-        partial,
-        mode="r+" if resuming else "w+",
-        dtype=None if resuming else np.float16,
-        shape=None if resuming else shape,
-    )
+    labels = progress.array(np.float16, shape)
     label_views(
         teacher,
         images,
@@ -40,11 +30,9 @@ def main(job: Job) -> None:
         progress=progress,
     )
     labels.flush()
-    os.makedirs(os.path.dirname(job.output["labels"]), exist_ok=True)
-    os.replace(partial, job.output["labels"])
     content = {"shape": list(shape), "axes": ["epoch", "image", "class"], "holds": "teacher logits, float16"}
     write_json(job.output["header"], content, job.header(inputs))
-    progress.finish()
+    progress.finish(job.output["labels"])
 
 
 if __name__ == "__main__":
