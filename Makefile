@@ -34,3 +34,12 @@ $(VENV)/.installed: requirements.txt
 $(VENV)/.installed-dev: requirements.txt requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
+
+.PHONY: test-slurm status
+
+test-slurm: install-dev ## the tests on a Slurm that they start themselves; says why, where they are skipped
+	tests/slurm/install.sh
+	$(BIN)/pytest tests/slurm
+
+status: install ## per rule: done, running, failed, to do, hours left; ARGS="--configfile presets/cifar10.yaml"
+	$(BIN)/python -m workflow_scripts.status $(ARGS)

@@ -18,6 +18,8 @@ include: "rules/recover.smk"
 include: "rules/relabel.smk"
 include: "rules/evaluate.smk"
 include: "rules/report.smk"
+include: "rules/analysis.smk"
+include: "rules/tables.smk"
 
 
 rule all:

@@ -1,6 +1,7 @@
 """Paths (each written once), the prepared configuration, and what every job has in common."""
 
 import functools
+import gc
 import glob
 import os
 import re
@@ -25,6 +26,9 @@ from wmdd_core.layouts import class_count
 from wmdd_core.sharding import shard_members, shard_total
 
 prepare_environment(workflow.basedir)
+
+# A graph of jobs only grows: looking through it for garbage would take a quarter of a large dry run.
+gc.set_threshold(1_000_000, 50, 50)
 
 
 def _prepared():

@@ -4,6 +4,8 @@ import itertools
 import math
 from types import SimpleNamespace
 
+from snakemake.utils import update_config
+
 # ---- data ------------------------------------------------------------------------------------
 
 
@@ -373,26 +375,240 @@ def plot_gallery_settings(w):
     return {"figure": figure_of(w), "labels": appearance()}
 
 
+# ---- tables ----------------------------------------------------------------------------------
+
+TABLE_KINDS = ("efficiency", "cost", "hyperparameters")
+"""Kinds of entries under `figures` that make tables: measurements, costs and settings beside accuracy."""
+
+
+def is_table(name):
+    """Whether an item of the page is a table, of accuracies or of one of `TABLE_KINDS`."""
+    return name in config["tables"] or config["figures"][name]["kind"] in TABLE_KINDS
+
+
+def item_file(name):
+    """The file that stands for a table or figure; the others of it are made with it."""
+    return table_csv(name) if is_table(name) else figure_png(name)
+
+
+def every_core(wildcards):
+    """All cores, so that nothing else runs beside the job; on a cluster, those of its allocation."""
+    return workflow.cores if workflow.local_exec else 1
+
+
+def efficiency_methods(w):
+    """The methods that are timed, as wildcards of sets of one image per class."""
+    dataset, found = single(w, "datasets"), []
+    for method in expand_methods(needed(w, "methods")):
+        place = SimpleNamespace(dataset=dataset, method=method, ipc="1")
+        if method_of(place)["kind"] not in ("recover", "dm", "dc"):
+            stop(f"figures.{w.figure}.methods: {method} optimises no images; remove it")
+        if teacher_of(place) != labeller_of(place):
+            stop(f"figures.{w.figure}.methods: {method} has a teacher of its own; all must share one network")
+        found.append(place)
+    return found
+
+
+def efficiency_barycenter(w):
+    """The one entry of `barycenters` that the timed methods use, or None."""
+    used = {method_of(p).get("barycenter") for p in efficiency_methods(w) if needs_atoms(method_of(p))}
+    if len(used) > 1:
+        stop(f"figures.{w.figure}.methods use the barycenters {', '.join(sorted(used))}; give those of one")
+    return next(iter(used), None)
+
+
+def needs_atoms(method):
+    """Whether a method matches features with a barycenter."""
+    return method["kind"] == "recover" and method["feature_term"] == "barycenter"
+
+
+def measure_efficiency_input(w):
+    dataset, barycenter = single(w, "datasets"), efficiency_barycenter(w)
+    place = {"dataset": dataset, "teacher": labeller_of(SimpleNamespace(dataset=dataset)), "ipc": 1}
+    files = {
+        "description": DESCRIPTION.format(**place),
+        "train": real_images(SimpleNamespace(dataset=dataset)),
+        "teacher": TEACHER.format(**place),
+        "statistics": BN_STATISTICS.format(**place),
+    }
+    if barycenter:
+        blocks = dict.fromkeys(block_of(c, dataset) for c in range(class_total(dataset)))
+        files["barycenters"] = [BARYCENTER.format(**place, barycenter=barycenter, block=b) for b in blocks]
+    if any(uses_features(m) for m in map(method_of, efficiency_methods(w)) if m["kind"] == "recover"):
+        files |= stored_features(dataset)
+    return {name: file for name, file in files.items() if file}
+
+
+@settings_for
+def measure_efficiency_settings(w):
+    def settings(place):
+        if method_of(place)["kind"] == "recover":
+            return {"kind": "recover", **without(recover_images_settings(place), "sharding", "seed")}
+        return without(distil_baseline_settings(place), "network", "seed")
+
+    dataset, barycenter = single(w, "datasets"), efficiency_barycenter(w)
+    methods = {p.method: settings(p) for p in efficiency_methods(w)}
+    return {
+        "title": figure_of(w).get("title", w.figure),
+        "dataset": dataset,
+        "dataset_title": titles_of([dataset])[dataset],
+        "methods": methods,
+        "labels": method_labels(methods),
+        "barycenter": entry("barycenters", barycenter, dataset) if barycenter else None,
+        "iterations": figure_of(w).get("iterations", 100),
+        "projected_iterations": figure_of(w).get("projected_iterations", 2000),
+        "published": content_of("report/published_efficiency.csv"),
+        "seed": config["seed"],
+    }
+
+
+def cost_cells(w):
+    """The cells of the cost table: wildcards of `evaluate_student` but for the recipe."""
+    cells, spec = [], figure_of(w)
+    for dataset in needed(w, "datasets"):
+        settings = resolve_lists(pick(spec, "methods", "ipc"), dataset, w.figure)
+        for ipc, method in itertools.product(settings["ipc"], list(expand_methods(settings["methods"]))):
+            if entry("methods", method, dataset)["kind"] == "real":
+                stop(f"figures.{w.figure}.methods: {method} makes no distilled set; remove it")
+            place = {"dataset": dataset, "method": method, "ipc": str(ipc), "student": needed(w, "student")}
+            cells.append({**place, "seeds": config["student_seeds"]})
+    return cells
+
+
+def cost_recipes(w):
+    """soft, hard → the recipe of the figure with such labels."""
+    (dataset, *_) = needed(w, "datasets")
+    found = {entry("recipes", r, dataset)["labels"]: r for r in needed(w, "recipes")}
+    if sorted(found) != ["hard", "soft"] or len(needed(w, "recipes")) != 2:
+        stop(f"figures.{w.figure}.recipes: give two recipes, one with soft and one with hard labels")
+    return found
+
+
+def tabulate_cost_input(w):
+    cells, recipes = cost_cells(w), cost_recipes(w)
+
+    def evaluations_with(labels):
+        return [
+            EVALUATION.format(**cell, recipe=recipes[labels], seed=s)
+            for cell in cells
+            for s in range(cell["seeds"])
+        ]
+
+    return {
+        "soft": evaluations_with("soft"),
+        "hard": evaluations_with("hard"),
+        "images": [DISTILLED.format(**cell) for cell in cells],
+        "png": [DISTILLED_PNG.format(**cell) for cell in cells],
+        "labels": [LABELS.format(**cell, recipe=recipes["soft"]) for cell in cells],
+    }
+
+
+def cost_benchmarks(cell, recipe):
+    """step → (pattern of its benchmark files, how many there must be).
+
+    Benchmark files are no inputs: one that was lost is shown as missing, and costs no job its rerun.
+    """
+    place = SimpleNamespace(**cell)
+    method, place.teacher = method_of(place), teacher_of(place)
+    maker = {"recover": "recover_images", "select": "select_images"}.get(method["kind"], "distil_baseline")
+    folder = f"{cell['method']}/ipc{cell['ipc']}"
+    found = {
+        "recovery": (f"{maker}/{cell['dataset']}/{folder}/shard*", len(shards_of(place))),
+        "relabel": (f"relabel_images/{cell['dataset']}/{recipe}/{folder}", 1),
+        "training": (
+            f"evaluate_student/{cell['dataset']}/{recipe}/{folder}/{cell['student']}/seed*",
+            cell["seeds"],
+        ),
+    }
+    if needs_atoms(method):
+        blocks = {block_of(c, cell["dataset"]) for c in range(class_total(cell["dataset"]))}
+        part = f"{cell['dataset']}/{place.teacher}/{method['barycenter']}/ipc{cell['ipc']}/class*"
+        found["barycenters"] = (f"compute_barycenter/{part}", len(blocks))
+    return {step: (f"{BENCHMARKS}/{path}.tsv", count) for step, (path, count) in found.items()}
+
+
+@settings_for
+def tabulate_cost_settings(w):
+    cells, recipes = cost_cells(w), cost_recipes(w)
+    return {
+        "title": figure_of(w).get("title", w.figure),
+        "cells": [
+            {**cell, "benchmarks": cost_benchmarks(cell, recipes["soft"])} for cell in cells
+        ],
+        "recipes": recipes,
+        "expected": {
+            labels: expected_digests([{**cell, "recipe": recipe} for cell in cells])
+            for labels, recipe in recipes.items()
+        },
+        "labels": {
+            "datasets": titles_of({c["dataset"] for c in cells}),
+            "methods": method_labels(c["method"] for c in cells),
+        },
+    }
+
+
+@functools.cache
+def preset_config(name):
+    """A preset laid over config.yaml as Snakemake merges them, and prepared; `default` is config.yaml alone."""
+    merged = {}
+    for file in ["config.yaml", *([] if name == "default" else [f"presets/{name}.yaml"])]:
+        update_config(merged, read_yaml(file))
+    try:
+        return prepare(merged, read_yaml("schemas/config.schema.yaml"))
+    except ConfigError as error:
+        stop(f"preset {name}: {error}")
+
+
+def read_yaml(path):
+    """A YAML file of this project."""
+    try:
+        with open(os.path.join(workflow.basedir, path), encoding="utf-8") as file:
+            return yaml.safe_load(file)
+    except FileNotFoundError:
+        stop(f"there is no file {path}; `default` is config.yaml, other names are those of presets/")
+
+
+@settings_for
+def tabulate_hyperparameters_settings(w):
+    """What squeeze and recover read, for each dataset that each of the presets defines."""
+    columns = []
+    for preset in needed(w, "presets"):
+        merged = preset_config(preset)
+        own = read_yaml("config.yaml" if preset == "default" else f"presets/{preset}.yaml")
+        for name in own["datasets"]:
+            dataset = resolve(merged["datasets"][name], name, f"{preset}: datasets.{name}")
+            columns.append(
+                {
+                    "preset": preset,
+                    "dataset": name,
+                    "title": dataset.get("title", name),
+                    "resolution": dataset["resolution"],
+                    "squeeze": resolve(merged["teachers"][dataset["teacher"]], name, f"{preset}: teachers"),
+                    "recover": {
+                        m: resolve(merged["methods"][m], name, f"{preset}: methods.{m}")
+                        for m in needed(w, "methods")
+                    },
+                }
+            )
+    return {
+        "title": figure_of(w).get("title", w.figure),
+        "columns": columns,
+        "labels": method_labels(needed(w, "methods")),
+    }
+
+
 def page_items(page):
     """The tables and figures of a page, in order, each with what the page says of it."""
     items = []
     for name in config["page"] if page == "index" else config.get("paper", []):
-        if name in config["tables"]:
-            spec, kind = config["tables"][name], "table"
-        else:
-            spec, kind = config["figures"][name], "figure"
+        spec = config["tables" if name in config["tables"] else "figures"][name]
+        kind = "table" if is_table(name) else "figure"
         items.append({"name": name, "kind": kind, **pick(spec, "title", "caption")})
     return items
 
 
 def page_input(w):
-    files = {"parts": []}
-    for item in page_items(w.page):
-        if item["kind"] == "table":
-            files["parts"].append(table_csv(item["name"]))
-        else:
-            files["parts"].append(figure_png(item["name"]))
-    return files
+    return {"parts": [item_file(item["name"]) for item in page_items(w.page)]}
 
 
 @settings_for
@@ -500,9 +716,7 @@ def embed_tsne_settings(w):
     teacher = labeller_of(SimpleNamespace(dataset=dataset))
     schedule = without(entry("teachers", teacher, dataset), "architecture", "width", "depth", "weights")
     if "epochs" not in schedule:
-        stop(
-            f"figures.{w.figure}: teachers.{teacher} has no schedule to train with; give it epochs and the like"
-        )
+        stop(f"figures.{w.figure}: teachers.{teacher} has no schedule to train with; give it epochs and so on")
     return {
         "figure": pick(figure, "classes", "images"),
         "labels": method_labels(s["method"] for s in figure_sets(w)),
@@ -522,12 +736,14 @@ def trace_barycenters_input(w):
 def trace_barycenters_settings(w):
     dataset = single(w, "datasets")
     teacher = labeller_of(SimpleNamespace(dataset=dataset))
-    place = SimpleNamespace(dataset=dataset, teacher=teacher)
-    before = ("pretrain_teacher", "extract_features")
+    place = {"dataset": dataset, "teacher": teacher}
     return {
         "figure": {"ipc": needed(w, "ipc"), **pick(figure_of(w), "classes", "iterations")},
         "barycenters": {b: entry("barycenters", b, dataset) for b in needed(w, "barycenters")},
-        "expected": {rule: [digest([SETTINGS[rule](place), code_of(rule)])] for rule in before},
+        "expected": {
+            lineage_name(rule, place): [digest([SETTINGS[rule](SimpleNamespace(**place)), code_of(rule)])]
+            for rule in ("pretrain_teacher", "extract_features")
+        },
         "dataset": dataset,
         "seed": config["seed"],
     }

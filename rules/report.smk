@@ -136,7 +136,7 @@ for _name in config["figures"]:
         name:
             _name
         input:
-            figure_png(_name),
+            item_file(_name),
 
 
 rule all_paper:

@@ -55,13 +55,18 @@ CLASS_COLOURS = (
 
 
 def train_on_mixture(
-    job: Job, own: DistilledSet, real: Tensor, labels: Tensor, description: Mapping, progress: Progress
+    settings: Mapping,
+    own: DistilledSet,
+    real: Tensor,
+    labels: Tensor,
+    description: Mapping,
+    progress: Progress | None = None,
 ) -> Classifier:
     """A network trained from scratch on real and distilled images together, hard labels, frozen.
 
     `real` is uint8 (N, 3, R, R), `labels` (N,). Each image counts once; equal seeds for all methods.
     """
-    settings, device = job.settings, job.device()
+    device = real.device
     dataset = description["header"]["wildcards"]["dataset"]
     names = (settings["seed"], dataset, "tsne network")
     mean, std = normalisation(description)
@@ -235,7 +240,7 @@ def main(job: Job) -> None:
     for own in read_distilled_sets(job, description):
         place = {**job.wildcards, "method": own.method, "ipc": own.ipc}
         progresses.append(replace(job, wildcards=place).progress([description["header"], own.header]))
-        model = train_on_mixture(job, own, real, labels, description, progresses[-1])
+        model = train_on_mixture(job.settings, own, real, labels, description, progresses[-1])
         found = [embed_images(model, real_of_class(store, c), description, device).numpy() for c in classes]
         rows = torch.cat([own.rows(c) for c in classes])
         embedded = Embedded(

@@ -13,8 +13,10 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -62,6 +64,18 @@ class Job:
         """Where this job keeps its state, outside its outputs, which Snakemake removes before each try."""
         return Path(self.checkpoints) / (self.name + suffix)
 
+    def local(self, name: str) -> str:
+        """Input `name`, for reading at random: copied to the node's own disk if WMDD_SCRATCH names a folder.
+
+        The copy goes when the process ends.
+        """
+        scratch = os.environ.get("WMDD_SCRATCH")
+        if not scratch:
+            return self.input[name]
+        folder = tempfile.TemporaryDirectory(prefix="wmdd-", dir=os.path.expandvars(scratch))
+        _HELD.append(folder)
+        return shutil.copy(self.input[name], folder.name)
+
     def progress(self, inputs: Iterable[Mapping]) -> Progress:
         """Report and checkpoint a long loop that depends on these settings and `inputs` alone."""
         header = self.header(inputs)
@@ -80,8 +94,8 @@ class Job:
         return torch.device("cuda", _free_gpu(torch.cuda.device_count()))
 
 
-_HELD: list[IO] = []
-"""Lock files, open for the life of the process."""
+_HELD: list = []
+"""Lock files and temporary folders that live as long as the process."""
 
 
 def _free_gpu(count: int) -> int:
@@ -143,7 +157,8 @@ def run(main: Callable[[Job], None]) -> None:
         if error.errno not in DISK_ERRORS:
             raise
         sys.exit(
-            f"error: cannot write {error.filename or 'an output'}: {error.strerror}; free or unlock it and rerun"
+            f"error: cannot write {error.filename or 'an output'}: {error.strerror};"
+            " free or unlock it and rerun"
         )
 
 

@@ -120,10 +120,14 @@ def with_means(rows: Sequence[dict]) -> pd.DataFrame:
 
 
 def train_student(
-    job: Job, own: DistilledSet, labels: str | None, description: Mapping, progress: Progress
+    settings: Mapping,
+    own: DistilledSet,
+    labels: str | None,
+    description: Mapping,
+    device: torch.device,
+    progress: Progress | None = None,
 ) -> Classifier:
-    """The student that `evaluate_student` trains on `own` with seed 0, frozen; `labels` are the soft ones."""
-    settings, device = job.settings, job.device()
+    """The student that `evaluate_student` trains on `own` with seed 0, frozen; `labels`: soft labels."""
     recipe, mean, std = settings["recipe"], *normalisation(description)
     images = own.images.to(device)
     weights = own.weights * int(own.ipc) if recipe.get("weighted", True) else own.weights * 0 + 1
@@ -264,7 +268,7 @@ def main(job: Job) -> None:
         if store is not None:
             place = {**job.wildcards, "method": own.method, "ipc": own.ipc}
             progresses.append(replace(job, wildcards=place).progress([description["header"], own.header]))
-            student = train_student(job, own, labels, description, progresses[-1])
+            student = train_student(job.settings, own, labels, description, device, progresses[-1])
 
             def real(c: int, student: Classifier = student) -> Tensor:
                 return embed_images(student, real_of_class(store, c), description, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from inspect import signature
 
 import numpy as np
 import pandas as pd
@@ -25,10 +26,15 @@ ITERATIONS = 50
 PAPER_ITERATIONS = 10
 """K in the paper."""
 
-TICKS = (1, 2, 5, 10, 20, 50, 100, 200)
+TICKS = (0, 1, 2, 5, 10, 20, 50, 100, 200)
 
 KMEANS = "kmeans"
 KMEANS_RUNS = 10
+
+RANDOM = "random_points"
+DEFAULT_START = signature(wasserstein_barycenter).parameters["initialisation"].default
+
+BROKEN = (0, (3, 1.5))
 
 
 # ---- numbers ---------------------------------------------------------------------------------
@@ -47,31 +53,30 @@ def kmeans_bound(points: np.ndarray, size: int, seed: int) -> float:
     return max(0.0, float(found.inertia_)) / len(points)
 
 
-def trace(points: np.ndarray, size: int, settings: Mapping, iterations: int, generator) -> tuple[list, float]:
-    """(W₂² after each iteration, seconds) of one way to compute the barycenter of `points` (N, D).
-
-    Runs all `iterations`, whatever the entry says of when to stop.
-    """
-    settings = {**settings, "max_iterations": iterations, "tolerance": 0}
-    found = wasserstein_barycenter(points, size, generator=generator, **settings)
-    return [float(v) for v in found.history], found.seconds
+def starts_of(barycenter: Mapping) -> dict[str, Mapping]:
+    """Start → settings: the entry's own, and random points, from which the iterations have work to do."""
+    own = barycenter.get("initialisation", DEFAULT_START)
+    return {own: barycenter, RANDOM: {**barycenter, "initialisation": RANDOM, "restarts": 1}}
 
 
 def trace_class(points: np.ndarray, size: int, settings: Mapping, names: tuple) -> list[dict]:
-    """The lines of one class and size: k-means first, then each barycenter, iteration by iteration.
+    """The lines of one class and size: k-means, then each barycenter at the start and after each iteration.
 
-    settings: `iterations` and `barycenters` (name → settings). All of them start from one generator, the
-    one that `compute_barycenter` uses.
+    settings: `iterations`, which are all run, whatever an entry says of when to stop, and `barycenters`
+    (name → settings). All of them draw from one generator, that of `compute_barycenter`.
     """
-    started = time.monotonic()
+    started = time.perf_counter()
     bound = kmeans_bound(points, size, derive_seed(*names, "k-means bound"))
-    lines = [{"barycenter": KMEANS, "w2_squared": bound, "seconds": time.monotonic() - started}]
+    lines = [{"barycenter": KMEANS, "w2_squared": bound, "seconds": time.perf_counter() - started}]
+    until = {"max_iterations": settings["iterations"], "tolerance": 0}
     for name, barycenter in settings["barycenters"].items():
-        history, seconds = trace(points, size, barycenter, settings["iterations"], numpy_generator(*names))
-        lines += [
-            {"barycenter": name, "iteration": k, "w2_squared": value, "seconds": seconds}
-            for k, value in enumerate(history, 1)
-        ]
+        for start, chosen in starts_of(barycenter).items():
+            found = wasserstein_barycenter(
+                points, size, generator=numpy_generator(*names), **{**chosen, **until}
+            )
+            place = {"barycenter": name, "start": start, "seconds": found.seconds}
+            history = enumerate(found.history.tolist())
+            lines += [{**place, "iteration": k, "w2_squared": value} for k, value in history]
     for line in lines:
         line["excess_percent"] = 100 * (line["w2_squared"] / bound - 1) if bound else float("nan")
     return lines
@@ -83,51 +88,66 @@ def trace_class(points: np.ndarray, size: int, settings: Mapping, names: tuple) 
 def curves(own: pd.DataFrame, iterations: int) -> pd.DataFrame:
     """Excess in per cent, iterations × classes; a trace that ended early stays where it is."""
     table = own.pivot(index="iteration", columns="class", values="excess_percent")
-    return table.reindex(range(1, iterations + 1)).ffill()
+    return table.reindex(range(iterations + 1)).ffill()
 
 
-def style_of(name: str, number: int, settings: Mapping) -> dict:
-    """Learned weights have WMDD's colour, uniform ones another."""
-    if settings["weights"] == "learned":
-        return {"color": COLOURS["wmdd"]}
-    return {"color": COLOURS["sre2l"] if settings["weights"] == "uniform" else OTHERS[number]}
+def colours_of(barycenters: Mapping[str, Mapping]) -> dict[str, str]:
+    """Learned weights have WMDD's colour."""
+    others = iter(OTHERS)
+    return {n: COLOURS["wmdd"] if s["weights"] == "learned" else next(others) for n, s in barycenters.items()}
 
 
 def draw(table: pd.DataFrame, barycenters: Mapping[str, Mapping], iterations: int) -> Figure:
-    """A panel for each size: excess over the best k-means run, a thin line a class, a thick one the mean."""
-    sizes = list(dict.fromkeys(table.ipc))
-    styles = {n: style_of(n, i, s) for i, (n, s) in enumerate(barycenters.items())}
+    """A panel for each size: excess over the best k-means run, a thin line a class, a thick one the mean.
+
+    Broken lines are means from random points; the times are means over classes from the entry's own start.
+    """
+    sizes, colours = list(dict.fromkeys(table.ipc)), colours_of(barycenters)
     figure = new_figure(max(5.0, 2.9 * len(sizes)), 3.3)
     grid = figure.subplots(1, len(sizes), sharex=True, sharey=True, squeeze=False)[0]
     for axes, size in zip(grid, sizes, strict=True):
         own = table[table.ipc == size]
-        for name, style in styles.items():
-            lines = curves(own[own.barycenter == name], iterations)
-            axes.plot(lines, alpha=0.3, linewidth=0.6, **style)
-            axes.plot(lines.mean(axis=1, skipna=False), linewidth=2, **style)
+        for name, colour in colours.items():
+            for start in starts_of(barycenters[name]):
+                lines = curves(own[(own.barycenter == name) & (own.start == start)], iterations)
+                style = {"color": colour, "linewidth": 1.8, "linestyle": BROKEN if start == RANDOM else "-"}
+                if start != RANDOM:
+                    axes.plot(lines, color=colour, alpha=0.35, linewidth=0.6)
+                axes.plot(lines.mean(axis=1, skipna=False), **style)
         finish_panel(axes, iterations)
+        write_seconds(axes, own, {**colours, KMEANS: "black"})
         axes.set_title(f"{size} image{'s' * (size != 1)} per class", loc="left")
+    # Room for the times above the lines.
+    grid[0].set_ylim(top=20 * max(1, table.excess_percent.max()))
     grid[0].set_ylabel("W₂² above k-means (%)")
-    seconds = table.groupby(["barycenter", "class", "ipc"]).seconds.first().groupby("barycenter").mean()
-    handles = [
-        Line2D([], [], linewidth=2, label=f"{n} weights ({seconds[n]:.2g} s per class)", **style)
-        for n, style in styles.items()
-    ]
-    bound = f"best of {KMEANS_RUNS} k-means runs ({seconds[KMEANS]:.2g} s per class)"
-    handles.append(Line2D([], [], color="black", linestyle=(0, (5, 2)), linewidth=1.2, label=bound))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3 if len(sizes) > 2 else 1)
+    handles = [Line2D([], [], linewidth=2, label=f"{n} weights", color=c) for n, c in colours.items()]
+    handles.append(Line2D([], [], label="from random points", color="#777777", linestyle=BROKEN))
+    bound = f"best of {KMEANS_RUNS} k-means runs"
+    handles.append(Line2D([], [], label=bound, color="black", linewidth=1.2))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4 if len(sizes) > 2 else 2)
     return figure
 
 
+def write_seconds(axes: Axes, own: pd.DataFrame, colours: Mapping[str, str]) -> None:
+    """Seconds per class in each one's colour, in the upper right corner."""
+    first = own[own.start != RANDOM].groupby(["barycenter", "class"]).seconds.first()
+    for place, (name, colour) in enumerate(colours.items()):
+        text = f"{first[name].mean():.2g} s per class"
+        at = (0.98, 0.97 - 0.075 * place)
+        axes.text(*at, text, color=colour, ha="right", va="top", fontsize=7.5, transform=axes.transAxes)
+
+
 def finish_panel(axes: Axes, iterations: int) -> None:
-    axes.axhline(0, color="black", linestyle=(0, (5, 2)), linewidth=1.2)
+    axes.axhline(0, color="black", linewidth=1.2, zorder=1)
     if iterations >= PAPER_ITERATIONS:
-        axes.axvline(PAPER_ITERATIONS, color="#555555", linewidth=0.8, linestyle=":")
-    axes.set_xscale("log")
+        axes.axvline(PAPER_ITERATIONS, ymax=0.75, color="#555555", linewidth=0.8, linestyle=":")
+    axes.set_xscale("symlog", linthresh=1, linscale=0.5)
     axes.xaxis.set_major_locator(FixedLocator([k for k in TICKS if k <= iterations]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("iteration K")
+    axes.set_yscale("symlog", linthresh=1, linscale=0.6)
+    axes.yaxis.set_major_formatter(ScalarFormatter())
 
 
 # ---- the job ---------------------------------------------------------------------------------
@@ -161,8 +181,8 @@ def main(job: Job) -> None:
             names = (settings["seed"], settings["dataset"], "barycenter", c, size)
             found = trace_class(points, size, {**settings, "iterations": iterations}, names)
             lines += [{"class": c, "ipc": size, **line} for line in found]
-        print(f"class {c}: {sum({x['seconds'] for x in lines if x['class'] == c}):.1f} s", flush=True)
-    columns = ["class", "ipc", "barycenter", "iteration", "w2_squared", "excess_percent", "seconds"]
+        print(f"class {c}: done", flush=True)
+    columns = ["class", "ipc", "barycenter", "start", "iteration", "w2_squared", "excess_percent", "seconds"]
     table = pd.DataFrame(lines)[columns].astype({"iteration": "Int64"})
     save(draw(table, settings["barycenters"], iterations), job.output)
     write_text(job.output["csv"], table.to_csv(index=False, lineterminator="\n", float_format="%.8g"))

@@ -1,0 +1,482 @@
+"""Distances and the bound, t-SNE and its numbers, the barycenter's trace: against closed forms."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.spatial.distance import pdist
+from sklearn.cluster import KMeans
+from torch import nn
+
+from wmdd_core.artifacts import make_header, read_json, write_json, write_tensors
+from wmdd_core.errors import UserError
+from wmdd_core.metrics import (
+    coverage,
+    cross_entropy_lipschitz,
+    mean_between_distance,
+    mean_pairwise_distance,
+    mean_squared_distance,
+    mean_within_distance,
+)
+from wmdd_core.models import Classifier, build_model
+from workflow_scripts import embed_tsne, evaluate_student, measure_distances, trace_barycenters
+from workflow_scripts.distilled_sets import embed_images, read_distilled_sets
+from workflow_scripts.job import Job
+from workflow_scripts.measure_distances import both_sides, distances, with_means
+
+CPU = torch.device("cpu")
+RNG = np.random.default_rng(0)
+
+
+# ---- metrics ---------------------------------------------------------------------------------
+
+
+def test_mean_pairwise_distance_of_a_right_triangle():
+    assert mean_pairwise_distance(np.array([[0, 0], [3, 0], [0, 4]])) == pytest.approx((3 + 4 + 5) / 3)
+    assert math.isnan(mean_pairwise_distance(np.zeros((1, 2))))
+
+
+def test_within_averages_over_classes_and_skips_a_class_of_one():
+    points = np.array([[0.0], [2.0], [10.0], [14.0], [99.0]])
+    labels = np.array([0, 0, 1, 1, 2])
+    assert mean_within_distance(points, labels) == pytest.approx((2 + 4) / 2)
+    assert math.isnan(mean_within_distance(points[[0, 2]], labels[[0, 2]]))
+
+
+def test_between_is_the_distance_of_centroids():
+    points = np.array([[0.0, 0], [2, 0], [4, 3], [4, 5], [1, 8]])
+    labels = np.array([0, 0, 1, 1, 2])
+    expected = (5 + 8 + 5) / 3  # centroids (1, 0), (4, 4), (1, 8)
+    assert mean_between_distance(points, labels) == pytest.approx(expected)
+
+
+def test_coverage_by_hand():
+    real = np.array([[0.0], [1], [2], [10], [13]])  # nearest neighbours at 1, 1, 1, 3, 3
+    assert coverage(real, np.array([[1.0]]), 1) == 3 / 5
+    assert coverage(real, np.array([[2.5]]), 1) == 1 / 5
+    assert coverage(real, np.array([[11.5]]), 1) == 2 / 5
+    assert coverage(real, np.array([[1.0], [11.5]]), 1) == 1
+    assert coverage(real, np.array([[-5.0]]), 1) == 0
+    assert coverage(real, np.array([[5.0]]), 2) == 2 / 5  # second neighbours at 2, 1, 2, 8, 11
+    with pytest.raises(UserError, match="5 real points"):
+        coverage(real, real, 5)
+
+
+def test_coverage_of_a_set_by_itself_is_whole_and_a_collapsed_set_covers_little():
+    real = RNG.normal(size=(60, 4))
+    assert coverage(real, real) == 1
+    assert coverage(real, np.repeat(real[:1], 10, 0)) < coverage(real, real[:10])
+
+
+def test_mean_squared_distance_is_that_of_all_pairs():
+    points = RNG.normal(size=(23, 5)) + 100
+    assert mean_squared_distance(points) == pytest.approx(np.square(pdist(points)).mean(), rel=1e-12)
+
+
+# ---- distances and the bound -------------------------------------------------------------------
+
+
+def linear_network(weight: np.ndarray, bias: np.ndarray) -> Classifier:
+    """Features are the inputs; the last layer is given."""
+    network = Classifier(nn.Identity(), weight.shape[1], len(weight)).double()
+    network.classifier.weight.data = torch.from_numpy(weight)
+    network.classifier.bias.data = torch.from_numpy(bias)
+    return network
+
+
+def gradient_norm(weight: np.ndarray, label: int, features: np.ndarray) -> float:
+    f = torch.from_numpy(features).requires_grad_()
+    loss = torch.nn.functional.cross_entropy(torch.from_numpy(weight) @ f, torch.tensor(label))
+    return float(torch.autograd.grad(loss, f)[0].norm())
+
+
+@pytest.mark.parametrize("label", range(4))
+def test_closed_form_lipschitz_constant_is_the_supremum_of_gradient_norms(label):
+    weight = np.random.default_rng(3).normal(size=(4, 6))
+    constant = cross_entropy_lipschitz(weight, label)
+    samples = 10 * np.random.default_rng(4).normal(size=(200, 6))
+    assert max(gradient_norm(weight, label, f) for f in samples) <= constant * (1 + 1e-12)
+    farthest = np.linalg.norm(weight - weight[label], axis=1).argmax()
+    along = 1e3 * (weight[farthest] - weight[label])
+    assert gradient_norm(weight, label, along) == pytest.approx(constant, rel=1e-6)
+
+
+def test_distances_of_two_points_are_their_distance():
+    x, y = torch.tensor([[0.0, 0.0]]).double(), torch.tensor([[3.0, 4.0]]).double()
+    found = distances(x, y, torch.ones(1).double())
+    assert (found["w2"], found["mmd_linear"]) == (pytest.approx(5), pytest.approx(5))
+
+
+def test_distances_weigh_the_distilled_points():
+    x = torch.tensor([[0.0], [4.0], [4.0], [4.0]]).double()
+    y, weights = torch.tensor([[0.0], [4.0]]).double(), torch.tensor([0.25, 0.75]).double()
+    assert max(distances(x, y, weights).values()) == pytest.approx(0, abs=1e-7)
+    equal = distances(x, y, torch.tensor([0.5, 0.5]).double())
+    assert equal["w2"] == pytest.approx(math.sqrt(0.25 * 4**2))
+
+
+def test_rbf_bandwidth_comes_from_the_real_features():
+    """Against the kernel written out: the real points' one pair has squared distance 4."""
+    x, y = torch.tensor([[0.0], [2.0]]).double(), torch.tensor([[1.0]]).double()
+
+    def kernel(squared):
+        return sum(math.exp(-squared / (4 * 2.0**i)) for i in range(-2, 3))
+
+    expected = (2 * kernel(0) + 2 * kernel(4)) / 4 + kernel(0) - 2 * kernel(1)
+    assert distances(x, y, torch.ones(1).double())["mmd_rbf"] == pytest.approx(math.sqrt(expected))
+
+
+def test_bound_is_met_with_equality_by_a_loss_on_its_steepest_line():
+    """Far along W_k − W_c the loss is affine with slope L, so both sides of eq. 20 agree."""
+    network = linear_network(np.array([[1.0, 0.0], [0.0, 0.0]]), np.zeros(2))
+    x, y = torch.tensor([[50.0, 0.0]]).double(), torch.tensor([[80.0, 0.0]]).double()
+    found = both_sides(network, x, y, torch.ones(1).double(), 1)
+    assert found["w1"] == pytest.approx(30) and found["lipschitz"] == pytest.approx(1)
+    assert found["difference"] == pytest.approx(found["bound"]) == pytest.approx(30)
+    assert found["bound_estimate"] == pytest.approx(30)
+
+
+def test_bound_holds_and_mean_matching_is_below_w1():
+    generator = torch.Generator().manual_seed(1)
+    for trial in range(5):
+        weight = torch.randn(5, 7, generator=generator).double().numpy()
+        network = linear_network(weight, np.arange(5.0))
+        x = torch.randn(30, 7, generator=generator).double()
+        y = 2 * torch.randn(6, 7, generator=generator).double() + 1
+        weights = torch.rand(6, generator=generator).double()
+        found = both_sides(network, x, y, weights, trial)
+        assert found["difference"] <= found["bound_estimate"] * (1 + 1e-9) <= found["bound"] * (1 + 2e-9)
+        assert distances(x, y, weights)["mmd_linear"] <= found["w1"] <= distances(x, y, weights)["w2"]
+
+
+def test_means_follow_the_classes_of_each_method_and_size():
+    lines = [
+        {"method": m, "ipc": i, "class": str(c), "w1": value + c}
+        for i, m, value in ((1, "wmdd", 2.0), (1, "dm", 4.0), (10, "wmdd", 8.0))
+        for c in range(2)
+    ]
+    table = with_means(lines)
+    assert list(table["class"]) == ["0", "1", "mean"] * 3
+    assert list(table[table["class"] == "mean"].w1) == [2.5, 4.5, 8.5]
+
+
+# ---- a small world of files --------------------------------------------------------------------
+
+CLASSES, RESOLUTION, PER_CLASS, IPC = 3, 8, 12, 3
+VIEWS = {"seed": 0, "crop_scale_min": 0.5, "flip": False, "cutmix": True}
+RECIPE = {
+    "labels": "soft",
+    "epochs": 3,
+    "batch_size": 4,
+    "optimizer": "adamw",
+    "learning_rate": 0.01,
+    "weight_decay": 0.01,
+    "temperature": 4,
+    "weighted": True,
+}
+STUDENT = {"architecture": "convnet", "width": 4, "depth": 2}
+SCHEDULE = {
+    "epochs": 2,
+    "optimizer": "sgd",
+    "learning_rate": 0.02,
+    "momentum": 0.9,
+    "weight_decay": 0,
+    "batch_size": 8,
+    "crop_scale_min": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> dict:
+    """Files of a dataset of three classes: description, images, teacher, features, two sets with labels."""
+    root = tmp_path_factory.mktemp("world")
+    rng = np.random.default_rng(5)
+    data = make_header("describe_dataset", {"dataset": "toy"}, {"resolution": RESOLUTION}, "")
+    per_class = [PER_CLASS] * CLASSES
+    description = {
+        "classes": ["one", "two", "three"],
+        "resolution": RESOLUTION,
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        **{split: {"count": sum(per_class), "per_class": per_class} for split in ("train", "test")},
+    }
+    write_json(root / "description.json", description, data)
+    labels = np.repeat(np.arange(CLASSES), PER_CLASS)
+    images = rng.integers(0, 120, (len(labels), 3, RESOLUTION, RESOLUTION)) + 60 * labels[:, None, None, None]
+    for split in ("train", "test"):
+        np.save(root / f"{split}.npy", images.astype(np.uint8))
+
+    network = {
+        "architecture": "convnet",
+        "width": 4,
+        "depth": 2,
+        "classes": CLASSES,
+        "resolution": RESOLUTION,
+    }
+    teacher = build_model(**network, seed=1).eval()
+    place = {"dataset": "toy", "teacher": "small"}
+    made = make_header("pretrain_teacher", place, {}, "", [data], network=network)
+    write_tensors(root / "teacher.safetensors", teacher.state_dict(), made)
+    features = embed_images(teacher, torch.from_numpy(images.astype(np.uint8)), description, CPU)
+    np.save(root / "features.npy", features.float().numpy())
+    extracted = make_header("extract_features", place, {}, "", [made])
+    write_json(root / "index.json", {"offsets": [0, 12, 24, 36]}, extracted)
+
+    lineage = {**extracted["lineage"]}
+    for method in ("sre2l", "wmdd"):
+        place = {"dataset": "toy", "method": method, "ipc": str(IPC)}
+        header = make_header("gather_images", place, {}, "", [data, extracted])
+        own = np.repeat(np.arange(CLASSES), IPC)
+        if method == "sre2l":  # one image three times: collapsed
+            chosen = np.repeat(np.arange(CLASSES) * PER_CLASS, IPC)
+        else:
+            chosen = (np.arange(CLASSES)[:, None] * PER_CLASS + np.arange(IPC)).ravel()
+        tensors = {
+            "images": torch.from_numpy(images[chosen].astype(np.uint8)),
+            "labels": torch.from_numpy(own),
+            "weights": torch.tensor([0.5, 0.3, 0.2] * CLASSES),
+        }
+        write_tensors(root / f"{method}.safetensors", tensors, header)
+        relabelled = make_header("relabel_images", {**place, "recipe": "soft"}, {}, "", [header])
+        write_json(root / f"{method}.json", {}, relabelled)
+        soft = rng.normal(size=(RECIPE["epochs"], len(own), CLASSES)).astype(np.float16)
+        np.save(root / f"{method}-labels.npy", soft)
+        lineage |= relabelled["lineage"]
+    expected = {rule: [made] for rule, made in lineage.items() if rule != "describe_dataset"}
+    return {"root": root, "description": read_json(root / "description.json"), "expected": expected}
+
+
+def small_job(world: dict, rule: str, output, settings: dict, **files) -> Job:
+    root = world["root"]
+    found = {"description": "description.json", "train": "train.npy", **files}
+    found = {
+        name: [str(root / f) for f in file] if isinstance(file, list) else str(root / file)
+        for name, file in found.items()
+    }
+    kinds = {k: str(output / f"{rule}.{k}") for k in ("png", "pdf", "csv", "points", "evaluation")}
+    settings = {"labels": {"wmdd": "WMDD"}, "expected": world["expected"], **settings}
+    return Job(rule, {"figure": rule}, found, kinds, settings, "code", "cpu", 1, str(output / "checkpoints"))
+
+
+def distances_job(world: dict, output, **settings) -> Job:
+    return small_job(
+        world,
+        "measure_distances",
+        output,
+        {"recipe": RECIPE, "views": VIEWS, "student": STUDENT, **settings},
+        teacher="teacher.safetensors",
+        features="features.npy",
+        index="index.json",
+        images=["wmdd.safetensors", "sre2l.safetensors"],
+        labels=["wmdd-labels.npy", "sre2l-labels.npy"],
+        labels_header=["wmdd.json", "sre2l.json"],
+    )
+
+
+def test_student_is_the_one_that_evaluate_student_trains(world, tmp_path, monkeypatch):
+    job = small_job(
+        world,
+        "evaluate_student",
+        tmp_path,
+        {"recipe": RECIPE, "views": VIEWS, "student": STUDENT},
+        images="wmdd.safetensors",
+        labels="wmdd-labels.npy",
+        labels_header="wmdd.json",
+        test="test.npy",
+    )
+    job.wildcards.update(dataset="toy", ipc=str(IPC), seed="0", method="wmdd")
+    trained = []
+    built = evaluate_student.build_model
+    monkeypatch.setattr(evaluate_student, "build_model", lambda **k: trained.append(built(**k)) or trained[0])
+    evaluate_student.main(job)
+    (own,) = read_distilled_sets(job, world["description"])
+    student = measure_distances.train_student(
+        job.settings, own, job.input["labels"], world["description"], CPU
+    )
+    for name, value in trained[0].state_dict().items():
+        assert torch.equal(value, student.state_dict()[name]), name
+
+
+def test_distances_of_both_sets_from_files(world, tmp_path):
+    job = distances_job(world, tmp_path)
+    measure_distances.main(job)
+    table = pd.read_csv(job.output["csv"]).set_index(["method", "class"])
+    assert len(table) == 2 * (CLASSES + 1) and not table.isna().any(axis=None)
+    for network in ("teacher", "student"):
+        assert (table[f"{network}_difference"] <= table[f"{network}_bound"]).all()
+    # By hand: the collapsed set is one point, so W₁ is the mean distance of the real features to it.
+    features = np.load(job.input["features"])[:PER_CLASS].astype(np.float64)
+    by_hand = np.linalg.norm(features - features[0], axis=1).mean()
+    assert table.loc[("sre2l", "0"), "w1"] == pytest.approx(by_hand, rel=1e-3)
+    assert (table.xs("sre2l").w2 > table.xs("wmdd").w2).all()
+
+
+def test_without_a_student_the_teachers_loss_alone_is_measured(world, tmp_path):
+    job = distances_job(world, tmp_path)
+    for key in ("recipe", "views", "student"):
+        del job.settings[key]
+    for key in ("labels", "labels_header", "train"):
+        del job.input[key]
+    measure_distances.main(job)
+    columns = pd.read_csv(job.output["csv"]).columns
+    assert "teacher_bound" in columns and not [c for c in columns if c.startswith("student")]
+
+
+@pytest.mark.parametrize("rule", ["gather_images", "relabel_images", "extract_features (small)"])
+def test_artefacts_of_another_configuration_are_refused_by_name(world, tmp_path, rule):
+    job = distances_job(world, tmp_path, expected={**world["expected"], rule: ["another"]})
+    with pytest.raises(UserError, match=r"(safetensors|json) was made by other settings"):
+        measure_distances.main(job)
+
+
+# ---- t-SNE -------------------------------------------------------------------------------------
+
+
+def tsne_job(world: dict, output, **figure) -> Job:
+    settings = {"figure": figure, "schedule": SCHEDULE, "student": STUDENT, "flip": False, "seed": 0}
+    images = ["sre2l.safetensors", "wmdd.safetensors"]
+    return small_job(world, "embed_tsne", output, settings, images=images)
+
+
+def test_maps_are_the_same_for_a_seed_and_count_what_is_there(world, tmp_path):
+    made = []
+    for name in ("first", "second"):
+        job = tsne_job(world, tmp_path / name, images=8)
+        embed_tsne.main(job)
+        made.append({k: Path(job.output[k]).read_bytes() for k in ("csv", "points", "png", "pdf")})
+    assert made[0] == made[1]
+    points = pd.read_csv(job.output["points"])
+    counts = points.groupby(["method", "kind", "class"]).size()
+    assert set(counts.xs("real", level="kind")) == {8} and set(counts.xs("distilled", level="kind")) == {IPC}
+    assert list(dict.fromkeys(points.method)) == ["sre2l", "wmdd"]
+    numbers = pd.read_csv(job.output["csv"]).set_index("method")
+    assert numbers.loc["sre2l", "within"] < 1e-6 < 1e-3 < numbers.loc["wmdd", "within"]
+    assert numbers.loc["sre2l", "coverage"] < numbers.loc["wmdd", "coverage"]
+
+
+def test_tsne_is_deterministic():
+    points = RNG.normal(size=(40, 6))
+    first = embed_tsne.flatten(points, 2**62)
+    assert np.array_equal(first, embed_tsne.flatten(points, 2**62))
+    assert first.shape == (40, 2)
+
+
+def test_tsne_keeps_two_far_groups_apart():
+    points = np.concatenate([RNG.normal(size=(25, 5)), RNG.normal(size=(25, 5)) + 50])
+    places = embed_tsne.flatten(points, 1)
+    group = np.repeat([0, 1], 25)
+    nearest = np.linalg.norm(places[:, None] - places, axis=2) + 1e9 * np.eye(50)
+    assert (group[nearest.argmin(1)] == group).all()
+
+
+def test_real_points_are_drawn_evenly_by_seed():
+    labels = np.repeat([0, 1, 2], [5, 30, 12])
+    drawn = embed_tsne.drawn_evenly(labels, 10, (0, "toy"))
+    assert np.bincount(labels[drawn]).tolist() == [5, 10, 10] and len(set(drawn)) == 25
+    assert np.array_equal(drawn, embed_tsne.drawn_evenly(labels, 10, (0, "toy")))
+    assert not np.array_equal(drawn, embed_tsne.drawn_evenly(labels, 10, (1, "toy")))
+
+
+def test_summary_compares_a_class_with_as_many_random_real_ones():
+    real = np.concatenate([RNG.normal(size=(40, 3)), RNG.normal(size=(40, 3)) + 20])
+    labels = np.repeat([0, 1], 40)
+    collapsed, spread = real[[0, 0, 0, 0, 40, 40, 40, 40]], real[[0, 1, 2, 3, 40, 41, 42, 43]]
+    own = np.repeat([0, 1], 4)
+    found = [
+        embed_tsne.summarise(embed_tsne.Embedded("m", real, labels, d, own), (0,))
+        for d in (collapsed, spread)
+    ]
+    assert found[0]["within"] == 0 and found[1]["within"] > 1
+    assert found[0]["coverage"] < found[1]["coverage"] <= 1 and 0 < found[0]["coverage_random"] < 1
+    assert found[0]["within_real"] == pytest.approx((pdist(real[:40]).mean() + pdist(real[40:]).mean()) / 2)
+    assert found[0]["between"] == pytest.approx(np.linalg.norm(real[0] - real[40]))
+
+
+def test_more_classes_than_colours_are_refused():
+    assert embed_tsne.shown_classes({}, 1000) == list(range(10))
+    with pytest.raises(UserError, match="11 are too many"):
+        embed_tsne.shown_classes({"classes": list(range(11))}, 1000)
+    with pytest.raises(UserError, match="7 is not a class"):
+        embed_tsne.shown_classes({"classes": [7]}, 3)
+
+
+# ---- the trace ---------------------------------------------------------------------------------
+
+
+def test_kmeans_bound_on_points_whose_optimum_is_known():
+    points = np.array([[0.0], [2.0], [100.0], [104.0]])
+    assert trace_barycenters.kmeans_bound(points, 2, 0) == pytest.approx((1 + 1 + 4 + 4) / 4)
+    assert trace_barycenters.kmeans_bound(points, 1, 0) == pytest.approx(points.var())
+    assert trace_barycenters.kmeans_bound(points, 4, 0) == 0
+
+
+def trace_lines(points: np.ndarray, size: int, iterations: int = 15) -> pd.DataFrame:
+    barycenters = {"learned": {"weights": "learned"}, "uniform": {"weights": "uniform"}}
+    settings = {"barycenters": barycenters, "iterations": iterations}
+    lines = trace_barycenters.trace_class(points, size, settings, (0, "toy", "barycenter", 0, size))
+    return pd.DataFrame(lines).assign(**{"class": 0, "ipc": size})
+
+
+def test_traces_fall_and_stay_above_the_bound_but_for_local_optima():
+    points = np.random.default_rng(7).normal(size=(80, 6))
+    table = trace_lines(points, 5)
+    optimum = KMeans(5, n_init=200, random_state=1).fit(points).inertia_ / len(points)
+    bound = table.w2_squared[table.barycenter == "kmeans"].item()
+    assert optimum * (1 - 1e-9) <= bound <= optimum * 1.05
+    for place, own in table.dropna(subset="start").groupby(["barycenter", "start"]):
+        history = own.w2_squared.to_numpy()
+        assert own.iteration.tolist() == list(range(len(own))), place
+        assert (np.diff(history) <= 1e-9 * history[0]).all(), place
+        assert history.min() >= optimum * (1 - 1e-9), place
+        assert np.allclose(own.excess_percent, 100 * (history / bound - 1)), place
+    assert set(table.start.dropna()) == {"kmeans++", "random_points"}
+
+
+def test_one_atom_is_the_mean_after_one_step():
+    points = np.random.default_rng(8).normal(size=(30, 4))
+    table = trace_lines(points, 1, 3)
+    after = table[table.iteration == 1]
+    assert len(after) == 4 and np.allclose(after.w2_squared, points.var(0).sum())
+
+
+def test_an_entrys_own_start_is_kept_and_not_traced_twice():
+    given = {"weights": "uniform", "initialisation": "normal", "restarts": 2}
+    starts = trace_barycenters.starts_of(given)
+    assert list(starts) == ["normal", "random_points"] and starts["normal"] == given
+    random = trace_barycenters.starts_of({**given, "initialisation": "random_points"})
+    assert list(random) == ["random_points"]
+
+
+def test_trace_from_files(world, tmp_path):
+    figure = {"ipc": [2, 4], "iterations": 6, "classes": [0, 2]}
+    barycenters = {n: {"weights": n, "max_iterations": 100} for n in ("learned", "uniform")}
+    settings = {"figure": figure, "barycenters": barycenters, "dataset": "toy", "seed": 0}
+    files = {"features": "features.npy", "index": "index.json"}
+    job = small_job(world, "trace_barycenters", tmp_path, settings, **files)
+    trace_barycenters.main(job)
+    table = pd.read_csv(job.output["csv"])
+    assert set(table["class"]) == {0, 2} and set(table.ipc) == {2, 4}
+    assert table[table.barycenter == "learned"].iteration.max() <= 6
+    assert (table.seconds >= 0).all() and (table[table.barycenter == "kmeans"].excess_percent == 0).all()
+    with pytest.raises(UserError, match="fewer than 99"):
+        trace_barycenters.traced_classes({"ipc": [99]}, read_json(job.input["index"])["offsets"])
+    job.settings["expected"]["extract_features (small)"] = ["another"]
+    with pytest.raises(UserError, match="index.json was made by other settings"):
+        trace_barycenters.main(job)
+
+
+def test_a_trace_that_ended_early_stays_where_it_is():
+    own = pd.DataFrame({"class": [0, 0, 1], "iteration": [0, 1, 0], "excess_percent": [9.0, 3.0, 4.0]})
+    assert trace_barycenters.curves(own, 3).to_numpy().tolist() == [[9, 4], [3, 4], [3, 4], [3, 4]]
+
+
+def test_tracing_needs_no_torch():
+    check = "import sys, workflow_scripts.trace_barycenters; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0

@@ -1,0 +1,92 @@
+"""A change makes stale what depends on it and nothing else: the table in docs/cluster.md holds."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_snakemake
+from PIL import Image
+
+from workflow_scripts.status import count_jobs
+
+pytestmark = pytest.mark.workflow
+
+
+def rows_of_the_table() -> list[tuple[str, str, dict[str, int]]]:
+    """(change, overlay, rule → jobs) of each row; the overlay is laid over the smoke preset."""
+    text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    section = re.search(r"^## What a change reruns$(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]
+    rows = re.findall(r"^\| (.+?) \| `(.+?)` \| (.+?) \|$", section, re.MULTILINE)
+    return [(c, o, {r: int(n) for r, n in re.findall(r"`(\w+)` (\d+)", jobs)}) for c, o, jobs in rows]
+
+
+def planned_counts(directory: Path, overlay: str) -> dict[str, int]:
+    """Rule → number of jobs that a dry run plans with `overlay` laid over the smoke preset."""
+    path = directory.parent / "overlay.yaml"
+    path.write_text(overlay, encoding="utf-8")
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(path)]
+    done = run_snakemake(directory, "--dry-run", *files, preset="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return count_jobs(done.stdout + done.stderr)
+
+
+def test_the_table_has_the_changes_that_people_make():
+    told = " ".join(change for change, _, _ in rows_of_the_table())
+    for word in ("λ", "IPC", "seed", "teacher", "barycenter", "temperature", "label", "epochs"):
+        assert word in told
+
+
+@pytest.mark.parametrize(
+    ("overlay", "jobs"),
+    [pytest.param(overlay, jobs, id=change) for change, overlay, jobs in rows_of_the_table()],
+)
+def test_a_change_reruns_what_the_table_says(smoke, overlay, jobs):
+    assert planned_counts(smoke, overlay) == jobs
+
+
+PHOTOS = """
+student_seeds: 1
+datasets: {{photos: {{source: imagefolder, root: "{}", resolution: 8, store_train: true, teacher: convnet}}}}
+teachers: {{convnet: {{batch_size: {{photos: 8, default: 64}}}}}}
+tables: {{main: {{datasets: [digits, photos], methods: [random], ipc: [1]}}}}
+"""
+
+
+def draw_class(root: Path, name: str, shade: int) -> None:
+    """A class folder of grey photographs, for training and for testing."""
+    generator = np.random.default_rng(shade)
+    for split, count in (("train", 8), ("test", 2)):
+        (root / split / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.clip(generator.normal(shade, 20, (8, 8, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+
+
+def test_a_new_class_folder_reruns_its_dataset_and_no_other(smoke, tmp_path):
+    directory, root = Path(shutil.copytree(smoke, tmp_path / "run")), tmp_path / "photos"
+    for shade, name in ((40, "dark"), (120, "middle")):
+        draw_class(root, name, shade)
+    overlay = PHOTOS.format(root)
+    of_one_dataset = {
+        "describe_dataset": 1,
+        "decode_images": 2,
+        "pretrain_teacher": 1,
+        "select_images": 1,
+        "gather_images": 1,
+        "relabel_images": 1,
+        "evaluate_student": 1,
+    }
+    (tmp_path / "overlay.yaml").write_text(overlay, encoding="utf-8")
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "overlay.yaml")]
+    done = run_snakemake(directory, "--cores", "2", *files, "main", preset="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert count_jobs(done.stdout + done.stderr) == {**of_one_dataset, "tabulate_accuracy": 1}
+
+    draw_class(root, "light", 220)
+    done = run_snakemake(directory, "--dry-run", *files, "main", preset="")
+    assert count_jobs(done.stdout + done.stderr) == {**of_one_dataset, "tabulate_accuracy": 1}
+    assert "digits" not in " ".join(re.findall(r"^Job \d+: (.+)$", done.stdout + done.stderr, re.MULTILINE))

@@ -1,0 +1,268 @@
+"""Time and memory of DC, DM, SRe2L and WMDD in one harness (Table 7): one image per class, one iteration.
+
+Each method runs its own loop, with its own settings and the teacher's network, in a process of its own,
+so that peaks of memory do not mix. What WMDD needs beforehand is measured in a further process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from wmdd_core.augmentation import normalise
+from wmdd_core.barycenter import wasserstein_barycenter
+from wmdd_core.baselines import DC_LOOPS, distil_dc, distil_dm, noise_images
+from wmdd_core.errors import UserError
+from wmdd_core.features import extract_features
+from wmdd_core.metrics import format_mean_sd, mean_and_sd
+from wmdd_core.models import build_model, freeze
+from wmdd_core.recovery import RecoverySettings, recover_images
+from wmdd_core.seeding import numpy_generator
+from wmdd_core.timing import RESIDENT_MEMORY, IterationTimer, describe_machine, peak_memory, timed
+from workflow_scripts.extract_features import BATCH_SIZE
+from workflow_scripts.job import Job, precision, run
+from workflow_scripts.plain_tables import write_table
+from workflow_scripts.real_images import (
+    in_order,
+    load_teacher,
+    normalisation,
+    open_images,
+    read_description,
+)
+from workflow_scripts.recover_images import build_shard
+from workflow_scripts.select_images import draw_random
+from workflow_scripts.tabulate_accuracy import read_rows
+
+PUBLISHED = Path(__file__).resolve().parent.parent / "report/published_efficiency.csv"
+
+WARM_UP = 5
+"""Iterations before the clock counts."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of consecutive steps, the peak of memory in bytes, of what, and on which machine."""
+
+    seconds: list[float]
+    peak: int
+    memory: str
+    machine: str
+
+
+def measure_method(job: Job, method: str) -> Measured:
+    """Time `iterations` consecutive iterations of a method on one image per class."""
+    settings = dict(job.settings["methods"][method])
+    settings["iterations"] = WARM_UP + job.settings["iterations"]
+    device = job.device()
+    timer = IterationTimer(WARM_UP, device)
+    (run_recovery if settings["kind"] == "recover" else run_baseline)(job, settings, timer)
+    return Measured(timer.seconds, *peak_memory(device), describe_machine(device))
+
+
+def run_recovery(job: Job, settings: dict, timer: IterationTimer) -> None:
+    """WMDD, SRe2L and every other method of the recovery loop, as `recover_images` runs it."""
+    settings.pop("kind")
+    description, device, start = read_description(job), timer.device, settings.pop("start")
+    mean, std = normalisation(description)
+    unused = () if settings["feature_term"] == "barycenter" else ("barycenters",)
+    teacher, _ = load_teacher(job.input["teacher"], device)
+    classes = list(range(len(description["classes"])))
+    files = {k: v for k, v in job.input.items() if k not in unused}
+    shard, _ = build_shard(replace(job, input=files), classes, [0])
+    seed, dataset = job.settings["seed"], job.settings["dataset"]
+    initial = None
+    if start == "real":
+        store = open_images(job, description, "train")
+        initial = draw_random(store, shard.classes[shard.group], shard.index, seed, dataset, mean, std)
+    recover_images(
+        freeze(teacher),
+        shard,
+        RecoverySettings(**settings),
+        resolution=description["resolution"],
+        mean=mean,
+        std=std,
+        seed_names=(seed, dataset),
+        device=device,
+        initial=initial,
+        precision=precision(device),
+        progress=timer,
+    )
+
+
+def run_baseline(job: Job, settings: dict, timer: IterationTimer) -> None:
+    """DM or DC as `distil_baseline` runs it, but with the teacher's network."""
+    kind, description, device = settings.pop("kind"), read_description(job), timer.device
+    seed, dataset, classes = job.settings["seed"], job.settings["dataset"], len(description["classes"])
+    settings["strategy"] = settings.pop("augmentation")
+    mean, std = normalisation(description)
+    store = open_images(job, description, "train")
+    rows = {c: np.flatnonzero(store.labels == c) for c in range(classes)}
+    labels = torch.arange(classes)
+    _, teacher_header = load_teacher(job.input["teacher"], torch.device("cpu"))
+
+    def real(c: int, count: int, generator: torch.Generator) -> torch.Tensor:
+        chosen = rows[c][torch.randperm(len(rows[c]), generator=generator)[:count].numpy()]
+        return normalise(store.read(chosen).to(device), mean, std)
+
+    def build_network(network_seed: int) -> torch.nn.Module:
+        return build_model(**teacher_header["network"], seed=network_seed).to(device)
+
+    if kind == "dm":
+        initial = draw_random(store, labels, torch.zeros_like(labels), seed, dataset, mean, std)
+        distil = distil_dm
+    else:
+        initial, distil = noise_images(classes, description["resolution"], (seed, dataset)), distil_dc
+        settings["outer_loops"], settings["inner_steps"] = DC_LOOPS[1]
+    distil(real, initial.to(device), labels, build_network, settings, (seed, dataset, kind), timer)
+
+
+def measure_preparation(job: Job) -> Measured:
+    """Time what precedes recovery, in seconds: features with BatchNorm statistics, then barycenters."""
+    description, device = read_description(job), job.device()
+    store = open_images(job, description, "train")
+    teacher, _ = load_teacher(job.input["teacher"], device)
+    classes = len(description["classes"])
+    features = np.empty((len(store), teacher.classifier.in_features), np.float32)
+
+    def extract() -> None:
+        def batches(start: int):
+            return in_order(store, description, device, start, BATCH_SIZE)
+
+        extract_features(freeze(teacher), batches, features, classes).statistics()
+
+    def compute() -> None:
+        seed, dataset = job.settings["seed"], job.settings["dataset"]
+        for c in range(classes):
+            points = features[store.labels == c].astype(np.float64)
+            generator = numpy_generator(seed, dataset, "barycenter", c, 1)
+            wasserstein_barycenter(points, 1, generator=generator, **job.settings["barycenter"])
+
+    seconds = [timed(extract, device)[1], timed(compute)[1] if job.settings["barycenter"] else 0.0]
+    return Measured(seconds, *peak_memory(device), describe_machine(device))
+
+
+def alone(name: str, call: Callable[..., Measured], *arguments: object) -> Measured:
+    """`call(*arguments)` in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(call, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"the process that measured {name} was killed, probably for its memory; take {name} off the"
+                " list of methods, or measure on a larger machine"
+            ) from error
+
+
+# ---- the table -------------------------------------------------------------------------------
+
+
+def preparation_seconds(settings: Mapping, preparation: Measured) -> float:
+    """What a method needs before its first iteration: features or their statistics, and barycenters."""
+    features, barycenters = preparation.seconds
+    if settings["kind"] != "recover":
+        return 0.0
+    if settings["feature_term"] == "barycenter":
+        return features + barycenters
+    no_real_features = settings["feature_term"] in ("cross_entropy", "none")
+    return 0.0 if no_real_features and settings["bn_term"] != "per_class" else features
+
+
+def build_row(job: Job, method: str, measured: Measured, before: float, published: Mapping) -> dict[str, str]:
+    """One line of the CSV."""
+    mean, sd = mean_and_sd(measured.seconds)
+    projected = job.settings["projected_iterations"]
+    row = {
+        "method": job.settings["labels"][method],
+        "entry": method,
+        "dataset": job.settings["dataset"],
+        "iterations_timed": str(len(measured.seconds)),
+        "seconds_per_iteration_mean": f"{mean:.6f}",
+        "seconds_per_iteration_sd": "" if sd is None else f"{sd:.6f}",
+        "peak_memory_gib": f"{measured.peak / 2**30:.3f}",
+        "memory": measured.memory,
+        "preparation_seconds": f"{before:.2f}",
+        "iterations_projected": str(projected),
+        "total_seconds": f"{before + mean * projected:.2f}",
+    }
+    for key in ("seconds_mean", "seconds_sd", "peak_gb", "total_seconds", "source"):
+        row[f"published_{key}"] = published.get(method, {}).get(key, "")
+    return {**row, "machine": measured.machine}
+
+
+def build_shown(rows: list[dict[str, str]]) -> list[list[str]]:
+    """The table for people, the published figures in parentheses."""
+
+    def beside(text: str, published: str) -> str:
+        return f"{text} ({published})" if published else text
+
+    shown = [["Method", "Time per iteration (s)", "Peak memory (GiB)", "Total time (s)"]]
+    for row in rows:
+        sd = row["seconds_per_iteration_sd"]
+        time = format_mean_sd(float(row["seconds_per_iteration_mean"]), float(sd) if sd else None, 3)
+        theirs = f"{row['published_seconds_mean']} ± {row['published_seconds_sd']}"
+        shown.append(
+            [
+                row["method"],
+                beside(time, theirs if row["published_seconds_mean"] else ""),
+                beside(f"{float(row['peak_memory_gib']):.2f}", row["published_peak_gb"]),
+                beside(f"{float(row['total_seconds']):.1f}", row["published_total_seconds"]),
+            ]
+        )
+    return shown
+
+
+def describe(job: Job, rows: list[dict[str, str]], preparation: Measured, network: Mapping) -> list[str]:
+    """What was measured, on what, and what stands in parentheses."""
+    features, barycenters = preparation.seconds
+    peak, settings = preparation.peak / 2**30, job.settings
+    notes = [
+        f"Time to update one image per class by one iteration on {settings['dataset_title']}, mean ± sample"
+        f" standard deviation over {rows[0]['iterations_timed']} consecutive iterations after {WARM_UP} of"
+        f" warm-up. All methods optimise at {network['resolution']} pixels with the teacher's network"
+        f" ({network['architecture']}); DC and DM draw it anew in each iteration, the others use the trained"
+        " one.",
+        f"Peak memory: {rows[0]['memory']}, a process for each method"
+        + (", libraries included." if rows[0]["memory"] == RESIDENT_MEMORY else "."),
+        f"Total time: {settings['projected_iterations']} iterations, projected from the mean; for methods"
+        f" that need them with the real features ({features:.1f} s, peak {peak:.2f} GiB) and, for"
+        f" barycenters, their computation ({barycenters:.2f} s). Training the teacher is not included.",
+        f"Measured with no other job of this workflow beside it on {rows[0]['machine']}.",
+    ]
+    if any(r["published_source"] for r in rows):
+        notes.append(
+            "In parentheses: the published figures, in GB, for ImageNette at its original resolution with a"
+            " ResNet-18 on an RTX-3090 (WMDD paper, Table 7)."
+        )
+    return notes
+
+
+def main(job: Job) -> None:
+    methods = job.settings["methods"]
+    published = {row["method"]: row for row in read_rows(PUBLISHED)}
+    description = read_description(job)
+    _, teacher_header = load_teacher(job.input["teacher"], torch.device("cpu"))
+    header = job.header([description["header"], teacher_header])
+
+    preparation = alone("the preparation", measure_preparation, job)
+    rows = []
+    for method, settings in methods.items():
+        measured = alone(method, measure_method, job, method)
+        before = preparation_seconds(settings, preparation)
+        rows.append(build_row(job, method, measured, before, published))
+        print(f"{method}: {rows[-1]['seconds_per_iteration_mean']} s an iteration", flush=True)
+
+    versions = ", ".join(f"{k} {v}" for k, v in sorted(header["versions"].items()))
+    notes = describe(job, rows, preparation, teacher_header["network"])
+    origin = f"Commit {header['commit']}; {versions}."
+    write_table(job.output, rows, build_shown(rows), job.settings["title"], [*notes, origin])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,57 @@
+"""Writing a table that is no table of accuracies: one CSV line a row, and the same for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import pandas as pd
+
+from wmdd_core.artifacts import write_text
+from workflow_scripts.tabulate_accuracy import MISSING, escape
+
+Shown = Sequence[Sequence[str]]
+"""Lines as people read them, the head first; an empty field is missing."""
+
+
+def write_table(
+    output: Mapping[str, str],
+    rows: Sequence[Mapping[str, str]],
+    shown: Shown,
+    title: str,
+    notes: Sequence[str],
+) -> None:
+    """Write `rows` as CSV and `shown` as Markdown and LaTeX, with the notes under it."""
+    write_text(output["csv"], pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+    write_text(output["md"], as_markdown(shown, title, notes))
+    write_text(output["tex"], as_latex(shown, notes))
+
+
+def numeric_columns(shown: Shown) -> list[bool]:
+    """Which columns hold figures, by their first character, and stand to the right."""
+    return [
+        all(not text or text == MISSING or text[0].isdigit() for text in column)
+        for column in zip(*shown[1:], strict=True)
+    ]
+
+
+def as_markdown(shown: Shown, title: str, notes: Sequence[str]) -> str:
+    """A pipe table with its notes."""
+
+    def line(texts: Iterable[str]) -> str:
+        return "| " + " | ".join((t or MISSING).replace("|", "\\|") for t in texts) + " |"
+
+    rule = line("---:" if right else "---" for right in numeric_columns(shown))
+    lines = [f"# {title}", "", line(shown[0]), rule, *map(line, shown[1:])]
+    return "\n".join([*lines, *(part for note in notes for part in ("", note))]) + "\n"
+
+
+def as_latex(shown: Shown, notes: Sequence[str]) -> str:
+    """A `tabular` to be \\input into a paper that loads booktabs."""
+
+    def line(texts: Iterable[str]) -> str:
+        return " & ".join(escape(t or MISSING) for t in texts) + r" \\"
+
+    columns = "".join("r" if right else "l" for right in numeric_columns(shown))
+    lines = [*(f"% {note}" for note in notes), "% needs \\usepackage{booktabs}"]
+    lines += [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", line(shown[0]), "\\midrule"]
+    return "\n".join([*lines, *map(line, shown[1:]), "\\bottomrule", "\\end{tabular}"]) + "\n"
