@@ -20,6 +20,7 @@ include: "rules/evaluate.smk"
 include: "rules/report.smk"
 include: "rules/analysis.smk"
 include: "rules/tables.smk"
+include: "rules/plan.smk"
 
 
 rule all:

@@ -355,6 +355,13 @@ def plot_accuracy_settings(w):
     return {"figure": figure_of(w), "labels": appearance()}
 
 
+@settings_for
+def plot_sweep_settings(w):
+    methods = {c["method"] for c in table_cells(figure_of(w)["table"])}
+    swept = {m: config["methods"][m]["swept"] for m in methods if "swept" in config["methods"][m]}
+    return {**plot_accuracy_settings(w), "swept": swept}
+
+
 def gallery_input(w):
     figure = figure_of(w)
     (dataset,) = figure["datasets"]
@@ -477,7 +484,7 @@ def cost_cells(w):
 
 def cost_recipes(w):
     """soft, hard → the recipe of the figure with such labels."""
-    (dataset, *_) = needed(w, "datasets")
+    dataset, *_ = needed(w, "datasets")
     found = {entry("recipes", r, dataset)["labels"]: r for r in needed(w, "recipes")}
     if sorted(found) != ["hard", "soft"] or len(needed(w, "recipes")) != 2:
         stop(f"figures.{w.figure}.recipes: give two recipes, one with soft and one with hard labels")
@@ -532,9 +539,7 @@ def tabulate_cost_settings(w):
     cells, recipes = cost_cells(w), cost_recipes(w)
     return {
         "title": figure_of(w).get("title", w.figure),
-        "cells": [
-            {**cell, "benchmarks": cost_benchmarks(cell, recipes["soft"])} for cell in cells
-        ],
+        "cells": [{**cell, "benchmarks": cost_benchmarks(cell, recipes["soft"])} for cell in cells],
         "recipes": recipes,
         "expected": {
             labels: expected_digests([{**cell, "recipe": recipe} for cell in cells])
@@ -716,7 +721,7 @@ def embed_tsne_settings(w):
     teacher = labeller_of(SimpleNamespace(dataset=dataset))
     schedule = without(entry("teachers", teacher, dataset), "architecture", "width", "depth", "weights")
     if "epochs" not in schedule:
-        stop(f"figures.{w.figure}: teachers.{teacher} has no schedule to train with; give it epochs and so on")
+        stop(f"figures.{w.figure}: teachers.{teacher} has no schedule to train with; give it epochs")
     return {
         "figure": pick(figure, "classes", "images"),
         "labels": method_labels(s["method"] for s in figure_sets(w)),

@@ -64,6 +64,36 @@ rule plot_accuracy:
         run_script("plot_accuracy")
 
 
+rule plot_sweep:
+    input:
+        table=lambda w: table_csv(figure_of(w)["table"]),
+    output:
+        png=report(
+            f"{FIGURE}.png",
+            category="Figures",
+            caption="../report/figure.rst",
+            labels={"figure": "{figure}"},
+        ),
+        pdf=f"{FIGURE}.pdf",
+        csv=f"{FIGURE}.csv",
+    log:
+        log_of("plot_sweep", "{figure}"),
+    benchmark:
+        benchmark_of("plot_sweep", "{figure}")
+    wildcard_constraints:
+        figure=figures_of_kind("sweep"),
+    conda:
+        "../envs/wmdd.yaml"
+    params:
+        settings=settings_of("plot_sweep"),
+        code=code_of("plot_sweep"),
+        job=describe_job,
+    message:
+        "Figure {wildcards.figure}"
+    shell:
+        run_script("plot_sweep")
+
+
 rule plot_gallery:
     input:
         unpack(gallery_input),

@@ -7,6 +7,7 @@ so that peaks of memory do not mix. What WMDD needs beforehand is measured in a 
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -144,6 +145,8 @@ def measure_preparation(job: Job) -> Measured:
             generator = numpy_generator(seed, dataset, "barycenter", c, 1)
             wasserstein_barycenter(points, 1, generator=generator, **job.settings["barycenter"])
 
+    # The first barycenter of a process imports the transport solver; that is no part of the method.
+    wasserstein_barycenter(np.eye(3), 1, generator=numpy_generator(0))
     seconds = [timed(extract, device)[1], timed(compute)[1] if job.settings["barycenter"] else 0.0]
     return Measured(seconds, *peak_memory(device), describe_machine(device))
 
@@ -218,7 +221,9 @@ def build_shown(rows: list[dict[str, str]]) -> list[list[str]]:
     return shown
 
 
-def describe(job: Job, rows: list[dict[str, str]], preparation: Measured, network: Mapping) -> list[str]:
+def describe(
+    job: Job, rows: list[dict[str, str]], preparation: Measured, network: Mapping, load: float
+) -> list[str]:
     """What was measured, on what, and what stands in parentheses."""
     features, barycenters = preparation.seconds
     peak, settings = preparation.peak / 2**30, job.settings
@@ -233,7 +238,8 @@ def describe(job: Job, rows: list[dict[str, str]], preparation: Measured, networ
         f"Total time: {settings['projected_iterations']} iterations, projected from the mean; for methods"
         f" that need them with the real features ({features:.1f} s, peak {peak:.2f} GiB) and, for"
         f" barycenters, their computation ({barycenters:.2f} s). Training the teacher is not included.",
-        f"Measured with no other job of this workflow beside it on {rows[0]['machine']}.",
+        f"Measured with no other job of this workflow beside it on {rows[0]['machine']}; the load average was"
+        f" {load:.1f} at the start.",
     ]
     if any(r["published_source"] for r in rows):
         notes.append(
@@ -250,6 +256,7 @@ def main(job: Job) -> None:
     _, teacher_header = load_teacher(job.input["teacher"], torch.device("cpu"))
     header = job.header([description["header"], teacher_header])
 
+    load = os.getloadavg()[0]
     preparation = alone("the preparation", measure_preparation, job)
     rows = []
     for method, settings in methods.items():
@@ -259,7 +266,7 @@ def main(job: Job) -> None:
         print(f"{method}: {rows[-1]['seconds_per_iteration_mean']} s an iteration", flush=True)
 
     versions = ", ".join(f"{k} {v}" for k, v in sorted(header["versions"].items()))
-    notes = describe(job, rows, preparation, teacher_header["network"])
+    notes = describe(job, rows, preparation, teacher_header["network"], load)
     origin = f"Commit {header['commit']}; {versions}."
     write_table(job.output, rows, build_shown(rows), job.settings["title"], [*notes, origin])
 

@@ -64,9 +64,8 @@ def build_rows(columns: list[dict], labels: Mapping[str, str]) -> list[dict[str,
 
 
 def key_of(column: Mapping) -> str:
-    """The CSV's name of a column: the dataset, with the preset where one holds several."""
-    own = column["preset"] in ("default", column["dataset"])
-    return column["title"] + ("" if own else f" ({column['preset']})")
+    """The CSV's name of a column: the dataset, with the preset where that has another name."""
+    return column["title"] + ("" if column["preset"] == column["dataset"] else f" ({column['preset']})")
 
 
 def file_of(preset: str) -> str:

@@ -1,0 +1,166 @@
+"""What jobs share: a lock for twins, a GPU each, scratch for what is read at random."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, run_snakemake
+
+from workflow_scripts import job as jobs
+from workflow_scripts.job import Job
+
+
+def make_job(folder: Path, **inputs: str) -> Job:
+    wildcards = {"dataset": "digits", "teacher": "convnet"}
+    return Job("pretrain_teacher", wildcards, inputs, {}, {}, "", "auto", 1, str(folder))
+
+
+# ---- twins -----------------------------------------------------------------------------------
+
+TWIN = """
+import sys, time
+from pathlib import Path
+from workflow_scripts import job as jobs
+from workflow_scripts.job import Job
+
+jobs.time.sleep = lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.05))
+folder = Path(sys.argv[1])
+job = Job("rule", {"class": "7"}, {}, {}, {}, "", "auto", 1, str(folder))
+with jobs._alone(job):
+    trace = open(folder / "trace", "a")
+    for mark in "ab":
+        trace.write(mark)
+        trace.flush()
+        time.sleep(0.1)
+"""
+
+
+def twin(folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", TWIN, str(folder)], env=environment, stdout=subprocess.PIPE
+    )
+
+
+def test_twins_work_one_after_another_and_leave_no_lock(tmp_path):
+    twins = [twin(tmp_path) for _ in range(4)]
+    told = [t.communicate(timeout=120)[0].decode() for t in twins]
+    assert [t.returncode for t in twins] == [0] * 4
+    assert (tmp_path / "trace").read_text() == "ab" * 4
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["trace"]
+    waits = [line for text in told for line in text.splitlines()]
+    assert all(line.startswith("another process is at work on rule/class-7") for line in waits)
+
+
+def test_a_lock_says_who_holds_it(tmp_path):
+    job = make_job(tmp_path)
+    with jobs._alone(job):
+        assert json.loads(job.checkpoint(".lock").read_text())["pid"] == os.getpid()
+    assert not job.checkpoint(".lock").exists()
+
+
+def test_a_lock_that_a_killed_job_left_is_taken_over(tmp_path):
+    job = make_job(tmp_path)
+    job.checkpoint(".lock").parent.mkdir(parents=True)
+    job.checkpoint(".lock").write_text('{"pid": 1}')
+    with jobs._alone(job):
+        assert json.loads(job.checkpoint(".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(jobs.fcntl, "lockf", refuse)
+    with jobs._alone(make_job(tmp_path)):
+        pass
+    assert "cannot be locked (No locks available)" in capsys.readouterr().out
+
+
+# ---- GPUs ------------------------------------------------------------------------------------
+
+
+def test_two_jobs_take_two_gpus_whatever_their_numbers(monkeypatch):
+    import torch
+
+    names = [f"test-{os.getpid()}-{letter}" for letter in "ab"]
+    held = open(f"/tmp/wmdd-gpu-{names[0]}-{os.getuid()}.lock", "w")  # noqa: SIM115
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX);"
+            "print(1, flush=True); time.sleep(600)",
+            held.name,
+        ],
+        stdout=subprocess.PIPE,
+    )
+    held.close()
+    try:
+        assert holder.stdout.readline()
+        order = list(names)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=order[i]))
+        assert jobs._free_gpu(2) == 1
+        order.reverse()  # a scheduler may show the same GPU under another number
+        for file in jobs._HELD:
+            file.close()
+        assert jobs._free_gpu(2) == 0
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+        for name in names:
+            Path(f"/tmp/wmdd-gpu-{name}-{os.getuid()}.lock").unlink(missing_ok=True)
+
+
+@pytest.mark.workflow
+def test_snakemake_counts_the_gpus_of_this_machine(smoke, tmp_path, monkeypatch):
+    directory = Path(shutil.copytree(smoke, tmp_path / "run"))
+    (tmp_path / "overlay.yaml").write_text("student_seeds: 4", encoding="utf-8")
+    cell = "results/smoke/digits/evaluation/wmdd/random/ipc1/convnet/seed{}.json"
+    arguments = ["--cores", "4", cell.format(2), cell.format(3)]
+    arguments += ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "overlay.yaml")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    done = run_snakemake(directory, *arguments, preset="")
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    assert "local_gpu=1" in told
+    events = re.findall(r"^(Job|Finished jobid:) \d+", told, re.MULTILINE)
+    assert events == ["Job", "Finished jobid:"] * 2
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = run_snakemake(directory, *arguments, "--forcerun", "evaluate_student", preset="")
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    assert "local_gpu" not in told
+    assert re.findall(r"^(Job|Finished jobid:) \d+", told, re.MULTILINE)[:2] == ["Job", "Job"]
+
+
+# ---- scratch ---------------------------------------------------------------------------------
+
+
+def test_scratch_holds_a_copy_for_as_long_as_the_process_lives(tmp_path, monkeypatch):
+    source = tmp_path / "features.npy"
+    source.write_bytes(b"features")
+    (tmp_path / "scratch").mkdir()
+    job = make_job(tmp_path, features=str(source))
+    monkeypatch.delenv("WMDD_SCRATCH", raising=False)
+    assert job.local("features") == str(source)
+    monkeypatch.setenv("NODE_DISK", str(tmp_path / "scratch"))
+    monkeypatch.setenv("WMDD_SCRATCH", "$NODE_DISK")
+    monkeypatch.setattr(jobs, "_HELD", held := [])
+    copy = Path(job.local("features"))
+    assert copy.read_bytes() == b"features" and (tmp_path / "scratch") in copy.parents
+    held.clear()
+    assert list((tmp_path / "scratch").iterdir()) == []
