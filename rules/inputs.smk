@@ -155,6 +155,11 @@ def distil_baseline_settings(w):
     }
 
 
+@settings_for
+def import_images_settings(w):
+    return pick(method_of(w), "external")
+
+
 def gather_images_input(w):
     return [SHARD.format(dataset=w.dataset, method=w.method, ipc=w.ipc, shard=s) for s in shards_of(w)]
 

@@ -82,6 +82,34 @@ rule distil_baseline:
         run_script("distil_baseline")
 
 
+# ---- external ------------------------------------------------------------------------------
+
+
+rule import_images:
+    input:
+        description=DESCRIPTION,
+    output:
+        shard=SHARD,
+    log:
+        log_of("import_images", "{dataset}/{method}/ipc{ipc}/shard{shard}"),
+    benchmark:
+        benchmark_of("import_images", "{dataset}/{method}/ipc{ipc}/shard{shard}")
+    wildcard_constraints:
+        method=methods_of_kind("external"),
+    conda:
+        "../envs/wmdd.yaml"
+    resources:
+        local_gpu=local_gpu,
+    params:
+        settings=settings_of("import_images"),
+        code=code_of("import_images"),
+        job=describe_job,
+    message:
+        "Import {wildcards.method} for {wildcards.dataset}, {wildcards.ipc} per class"
+    shell:
+        run_script("import_images")
+
+
 # ---- gather ----------------------------------------------------------------------------------
 
 

@@ -83,7 +83,7 @@ def test_cutmix_share_is_beta_one_one():
     patch = draw_views(20000, 64, torch_generator(5), cutmix=True).patch.double()
     whole = (patch[:, 0] > 0) & (patch[:, 1] > 0) & (patch[:, :2] + patch[:, 2:] < 64).all(1)
     share = patch[whole, 2] * patch[whole, 3] / 64**2
-    assert 0 <= share.min() and share.max() < 1
+    assert share.min() >= 0 and share.max() < 1
     partner = draw_views(100, 64, torch_generator(5), cutmix=True).partner
     assert torch.equal(partner.sort().values, torch.arange(100))
 

@@ -32,7 +32,7 @@ def test_every_requirement_is_pinned_exactly():
 
 
 def test_imports_point_one_way():
-    """Library modules know neither scripts nor rules; scripts know no rules; nothing imports Snakemake there."""
+    """Library modules know neither scripts nor rules, scripts know no rules, and neither knows Snakemake."""
     for folder, forbidden in (
         ("wmdd_core", ("workflow_scripts", "rules", "snakemake", "yaml")),
         ("workflow_scripts", ("rules", "snakemake")),

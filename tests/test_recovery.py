@@ -364,7 +364,7 @@ def test_losses_are_computed_in_full_precision_under_autocast(monkeypatch):
 
 
 def test_the_steps_are_adams_on_the_viewed_images_by_hand():
-    """Views, β = (0.5, 0.9), bias correction, the cosine, and the projection to valid pixels after each step."""
+    """Views, β = (0.5, 0.9), bias correction, the cosine, and the projection to valid pixels."""
     shard, settings = shard_of([3, 1]), settings_of(iterations=3, learning_rate=0.3)
     low, high = (-MEAN / STD).view(3, 1, 1), ((1 - MEAN) / STD).view(3, 1, 1)
     views = ShardViews(shard, settings, RESOLUTION, SEED)

@@ -115,9 +115,7 @@ def rules_and_methods(messages: set[str]) -> tuple[set[str], set[str]]:
 
 
 def test_lambda_reruns_what_depends_on_it_and_nothing_else(smoke):
-    verbs, methods = rules_and_methods(
-        planned(smoke, "methods: {wmdd: {lambda_bn: 3}}")
-    )
+    verbs, methods = rules_and_methods(planned(smoke, "methods: {wmdd: {lambda_bn: 3}}"))
     assert methods == {"wmdd"}
     assert verbs == {"Recover", "Gather", "Relabel", "Evaluate", "Table", "Figure", "Page"}
 

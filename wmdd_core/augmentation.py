@@ -53,7 +53,8 @@ def draw_views(
     """Draw `count` views of images of `resolution` pixels.
 
     `crop_scale_min`: smallest share of the area a crop may keep (1 = no crop), for all views or (count,)
-    for each; aspect ratio 3/4 to 4/3, ten attempts and then the whole image. `roll`: largest cyclic shift in pixels.
+    for each; aspect ratio 3/4 to 4/3, ten attempts and then the whole image. `roll`: largest cyclic shift
+    in pixels.
     `cutmix`: mix λ ~ Beta(1, 1) of each view with a patch of a partner's view.
     """
     none = torch.zeros(count, 4, dtype=torch.int64)
@@ -84,6 +85,32 @@ def _draw_crops(resolution: int, scale_min: Tensor, generator: torch.Generator) 
     free = torch.stack([resolution - height, resolution - width], 1) + 1
     corner = (torch.rand((count, 2), generator=generator) * free).long()
     return torch.cat([corner, height[:, None], width[:, None]], 1)
+
+
+def draw_crop(
+    height: int, width: int, scale_min: float, generator: torch.Generator
+) -> tuple[int, int, int, int]:
+    """One crop of an image of any shape: top, left, height, width in pixels; the whole after ten failures.
+
+    The share of the area is uniform in [scale_min, 1], the logarithm of the aspect ratio within `CROP_RATIO`.
+    """
+    low, high = (math.log(r) for r in CROP_RATIO)
+    for _ in range(CROP_ATTEMPTS if scale_min < 1 else 0):
+        share, place = torch.rand(2, generator=generator).tolist()
+        area, ratio = (
+            height * width * (scale_min + (1 - scale_min) * share),
+            math.exp(low + (high - low) * place),
+        )
+        crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 1 <= crop_height <= height and 1 <= crop_width <= width:
+            down, right = torch.rand(2, generator=generator).tolist()
+            return (
+                int(down * (height - crop_height + 1)),
+                int(right * (width - crop_width + 1)),
+                crop_height,
+                crop_width,
+            )
+    return 0, 0, height, width
 
 
 def _draw_patches(count: int, resolution: int, generator: torch.Generator) -> Tensor:

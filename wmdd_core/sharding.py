@@ -1,11 +1,11 @@
-"""Which images of a distilled set are optimised together. Standard library only: the graph counts shards too."""
+"""Which images of a set are optimised together. Standard library only: the graph counts shards too."""
 
 from __future__ import annotations
 
 import math
 
 BATCH_LAYOUTS = ("whole_classes", "one_per_class")
-"""All images of floor(batch_size / ipc) classes (WMDD), or one image of each of batch_size classes (SRe2L)."""
+"""All images of floor(batch_size / ipc) classes (WMDD), or one image of batch_size classes each (SRe2L)."""
 
 
 def shard_total(classes: int, ipc: int, batch_size: int, layout: str) -> int:

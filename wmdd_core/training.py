@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wmdd_core.augmentation import draw_views, normalise, view_batch
+from wmdd_core.augmentation import draw_crop, draw_views, normalise, view_batch
 from wmdd_core.errors import UserError
 from wmdd_core.progress import Progress
 from wmdd_core.seeding import torch_generator
+from wmdd_core.sources import ImageSource
 
 Batch = tuple[Tensor, ...]
 """Network input first; whatever the loss needs after it."""
@@ -153,6 +155,57 @@ def real_batches(
         for chosen in order.split(batch_size):
             if len(chosen) > 1 or len(images) == 1:  # BatchNorm has no variance in a batch of one
                 yield view_batch(images, views, chosen, mean, std), labels[chosen].to(device)
+
+    return batches
+
+
+class FileCrops(torch.utils.data.Dataset):
+    """Training images as files: each is decoded, cropped at random from its full size, resized and mirrored.
+
+    Item (epoch, i) depends on the seed's names, the epoch and i alone, whichever worker makes it.
+    `source` has `image(i)` (a PIL image), `labels` and a length.
+    """
+
+    def __init__(
+        self, source: ImageSource, resolution: int, seed_names: tuple, crop_scale_min: float, flip: bool
+    ) -> None:
+        self.source, self.resolution, self.seed_names = source, resolution, seed_names
+        self.crop_scale_min, self.flip = crop_scale_min, flip
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        epoch, i = item
+        generator = torch_generator(*self.seed_names, "crop", epoch, i)
+        image = self.source.image(i)
+        top, left, height, width = draw_crop(image.height, image.width, self.crop_scale_min, generator)
+        box = (left, top, left + width, top + height)
+        view = image.resize((self.resolution, self.resolution), Image.Resampling.BILINEAR, box)
+        pixels = torch.from_numpy(np.array(view)).permute(2, 0, 1)
+        if self.flip and torch.rand((), generator=generator) < 0.5:
+            pixels = pixels.flip(-1)
+        return pixels, int(self.source.labels[i])
+
+
+def file_batches(
+    crops: FileCrops, batch_size: int, mean: Tensor, std: Tensor, *, workers: int, device: torch.device
+) -> Callable[[int], Iterator[Batch]]:
+    """As `real_batches`, decoding in `workers` processes while the network trains (0 or 1: in this one)."""
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        order = torch.randperm(len(crops), generator=torch_generator(*crops.seed_names, "epoch", epoch))
+        chosen = [[(epoch, i) for i in part.tolist()] for part in order.split(batch_size)]
+        loader = torch.utils.data.DataLoader(
+            crops,
+            batch_sampler=[part for part in chosen if len(part) > 1 or len(crops) == 1],
+            num_workers=workers if workers > 1 else 0,
+            pin_memory=device.type == "cuda",
+        )
+        for images, labels in loader:
+            yield normalise(images.to(device, non_blocking=True), mean, std), labels.to(device)
 
     return batches
 

@@ -22,8 +22,8 @@ def main(job: Job) -> None:
         points = np.asarray(features[index["offsets"][c] : index["offsets"][c + 1]], dtype=np.float64)
         if len(points) < ipc:
             raise UserError(
-                f"class {c} of {job.wildcards['dataset']} has {len(points)} images, fewer than {ipc} images per class; "
-                "lower ipc"
+                f"class {c} of {job.wildcards['dataset']} has {len(points)} images, fewer than ipc {ipc};"
+                " lower ipc"
             )
         generator = numpy_generator(seed, job.wildcards["dataset"], "barycenter", c, ipc)
         barycenter = wasserstein_barycenter(points, ipc, generator=generator, **settings)

@@ -3,10 +3,16 @@
 from wmdd_core.artifacts import write_json
 from wmdd_core.models import build_model
 from wmdd_core.seeding import derive_seed
-from wmdd_core.training import accuracy, fit, hard_label_loss, real_batches, test_batches
+from wmdd_core.training import accuracy, fit, hard_label_loss, test_batches
 from workflow_scripts.job import Job, precision, run
 from workflow_scripts.pretrain_teacher import network_of, schedule_of
-from workflow_scripts.real_images import normalisation, open_images, read_description, resident
+from workflow_scripts.real_images import (
+    normalisation,
+    open_images,
+    read_description,
+    resident,
+    training_batches,
+)
 
 
 def main(job: Job) -> None:
@@ -14,23 +20,12 @@ def main(job: Job) -> None:
     description = read_description(job)
     mean, std = normalisation(description)
     inputs = [description["header"]]
-    train, train_labels = resident(open_images(job, description, "train"), device)
     names = (job.settings["seed"], job.wildcards["dataset"], "all real", job.wildcards["seed"])
     model = build_model(**network_of(job.settings["student"], description), seed=derive_seed(*names)).to(
         device
     )
     progress = job.progress(inputs)
-    batches = real_batches(
-        train,
-        train_labels,
-        recipe["batch_size"],
-        mean,
-        std,
-        names,
-        crop_scale_min=recipe["crop_scale_min"],
-        flip=job.settings["flip"],
-        device=device,
-    )
+    batches = training_batches(job, description, names, recipe, job.settings["flip"], device)
     curve = fit(
         model, schedule_of(recipe), batches, hard_label_loss, precision=precision(device), progress=progress
     )

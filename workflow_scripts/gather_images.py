@@ -1,6 +1,5 @@
 """Gather the shards of a distilled set into one file, a header and a folder of PNGs."""
 
-import re
 import shutil
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from workflow_scripts.job import Job, run
 from workflow_scripts.real_images import normalisation, read_description
 
 
-def folder_name(number: int, name: str) -> str:
-    """A class's folder: its number keeps the order, and what a file system dislikes becomes `_`."""
-    return f"{number:04d}_{re.sub(r'[^0-9A-Za-z.-]+', '_', name)}"
+def folder_name(name: str) -> str:
+    """A class's folder: its own name, which is a folder's name for most sources; `/` becomes `_`."""
+    return name.replace("/", "_")
 
 
 def write_png(path: str, images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> None:
@@ -26,7 +25,7 @@ def write_png(path: str, images: torch.Tensor, labels: torch.Tensor, classes: li
         shutil.rmtree(temporary, ignore_errors=True)
         numbers = dict.fromkeys(range(len(classes)), 0)
         for image, label in zip(images, labels.tolist(), strict=True):
-            folder = Path(temporary) / folder_name(label, classes[label])
+            folder = Path(temporary) / folder_name(classes[label])
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{numbers[label]:04d}.png")
             numbers[label] += 1
@@ -73,7 +72,7 @@ def main(job: Job) -> None:
         value_range="uint8, 0 to 255; feed (x / 255 − mean) / std to a network",
         mean=description["mean"],
         std=description["std"],
-        png_folders=[folder_name(c, name) for c, name in enumerate(classes)],
+        png_folders=[folder_name(name) for name in classes],
     )
     tensors = {"images": images, "labels": labels, "weights": weights.float()}
     write_tensors(job.output["images"], tensors, header)

@@ -47,7 +47,9 @@ def draw(rows: Sequence[Mapping], others: Sequence[Row], key: str, labels: Mappi
         for other in (o for o in others if o["ipc"] == str(size) and o["top1_mean"]):
             axes.axhline(float(other["top1_mean"]), color=colour, linestyle=":", linewidth=1.2)
             name = labels["methods"].get(other["method"], other["method"])
-            axes.annotate(name, (1.01, float(other["top1_mean"])), xycoords=("axes fraction", "data"), va="center")
+            axes.annotate(
+                name, (1.01, float(other["top1_mean"])), xycoords=("axes fraction", "data"), va="center"
+            )
     axes.set_xscale("log")
     axes.set_xlabel(TITLES.get(key, key))
     axes.set_ylabel("Top-1 accuracy (%)")

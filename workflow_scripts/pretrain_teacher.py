@@ -1,11 +1,22 @@
-"""Squeeze: train a teacher on the real images (Table 6a of the paper)."""
+"""Squeeze: train a teacher on the real images (Table 6a of the paper), or load one."""
 
-from wmdd_core.artifacts import write_json, write_tensors, write_text
-from wmdd_core.models import build_model
+from pathlib import Path
+
+import torch
+
+from wmdd_core.artifacts import read_tensors, write_json, write_tensors, write_text
+from wmdd_core.errors import UserError
+from wmdd_core.models import Classifier, build_model, load_weights
 from wmdd_core.seeding import derive_seed
-from wmdd_core.training import Schedule, accuracy, fit, hard_label_loss, real_batches, test_batches
+from wmdd_core.training import Curve, Schedule, accuracy, fit, hard_label_loss, test_batches
 from workflow_scripts.job import Job, precision, run
-from workflow_scripts.real_images import normalisation, open_images, read_description, resident
+from workflow_scripts.real_images import (
+    normalisation,
+    open_images,
+    read_description,
+    resident,
+    training_batches,
+)
 
 
 def network_of(settings: dict, description: dict) -> dict:
@@ -20,45 +31,58 @@ def schedule_of(settings: dict) -> Schedule:
     return Schedule(**{k: settings[k] for k in keys if k in settings})
 
 
+def load_published(model: Classifier, architecture: str, weights: str) -> None:
+    """Load a checkpoint of the user's, or torchvision's published ImageNet weights, strictly."""
+    if weights == "torchvision":
+        from torchvision.models import get_model
+
+        load_weights(model, get_model(architecture, weights="DEFAULT").state_dict(), "torchvision")
+        return
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"teachers.*.weights: there is no file {path}; give a .safetensors or .pt file of weights"
+        )
+    if path.suffix == ".safetensors":
+        found = read_tensors(path)[0]
+    else:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = found.get("state_dict", found)
+    load_weights(model, {k.removeprefix("module."): v for k, v in found.items()}, str(path))
+
+
 def main(job: Job) -> None:
     settings, device = job.settings, job.device()
     description = read_description(job)
-    train, train_labels = resident(open_images(job, description, "train"), device)
     test, test_labels = resident(open_images(job, description, "test"), device)
     mean, std = normalisation(description)
     names = (settings["seed"], job.wildcards["dataset"], "teacher", job.wildcards["teacher"])
 
     network = network_of(settings, description)
     model = build_model(**network, seed=derive_seed(*names)).to(device)
-    progress = job.progress([description["header"]])
-    batches = real_batches(
-        train,
-        train_labels,
-        settings["batch_size"],
-        mean,
-        std,
-        names,
-        crop_scale_min=settings["crop_scale_min"],
-        flip=settings["flip"],
-        device=device,
-    )
 
     def tested() -> dict:
         batches = test_batches(test, test_labels, mean, std, device)
         return accuracy(model, batches, precision=precision(device))
 
-    curve = fit(
-        model,
-        schedule_of(settings),
-        batches,
-        hard_label_loss,
-        test=lambda: tested()["top1"],
-        test_every=max(1, settings["epochs"] // 20),
-        precision=precision(device),
-        progress=progress,
-    )
+    progress = job.progress([description["header"]])
+    if "weights" in settings:
+        load_published(model, settings["architecture"], settings["weights"])
+        curve = Curve()
+    else:
+        curve = fit(
+            model,
+            schedule_of(settings),
+            training_batches(job, description, names, settings, settings["flip"], device),
+            hard_label_loss,
+            test=lambda: tested()["top1"],
+            test_every=max(1, settings["epochs"] // 20),
+            precision=precision(device),
+            progress=progress,
+        )
     metrics = tested()
-    curve.top1[-1] = metrics["top1"]
+    if curve.top1:
+        curve.top1[-1] = metrics["top1"]
 
     header = job.header([description["header"]], network=network, device=str(device.type))
     write_tensors(job.output["checkpoint"], model.state_dict(), header)

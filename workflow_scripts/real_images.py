@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -13,11 +13,12 @@ from wmdd_core.augmentation import normalise
 from wmdd_core.data import ImageStore
 from wmdd_core.models import Classifier, build_model, load_weights
 from wmdd_core.sources import open_source
+from wmdd_core.training import Batch, FileCrops, file_batches, real_batches
 from workflow_scripts.job import Job
 
 
 def open_images(job: Job, description: dict, split: str) -> ImageStore:
-    """The images of a split, sorted by class: the decoded file among the inputs, or the dataset's own files."""
+    """The images of a split, sorted by class: from the decoded file among the inputs, or its own."""
     path = job.input.get(split)
     if path:
         return ImageStore.from_array(path, labels_of(description, split))
@@ -41,6 +42,22 @@ def resident(store: ImageStore, device: torch.device) -> tuple[Tensor, Tensor]:
 def normalisation(description: dict) -> tuple[Tensor, Tensor]:
     """Channel means and deviations in 0..1 units, float32 (3,)."""
     return torch.tensor(description["mean"]), torch.tensor(description["std"])
+
+
+def training_batches(
+    job: Job, description: dict, names: tuple, settings: dict, flip: bool, device: torch.device
+) -> Callable[[int], Iterator[Batch]]:
+    """Epochs of augmented training images: from memory where they are decoded, else from files."""
+    mean, std = normalisation(description)
+    chosen = {"crop_scale_min": settings["crop_scale_min"], "flip": flip, "device": device}
+    if job.input.get("train"):
+        images, labels = resident(open_images(job, description, "train"), device)
+        return real_batches(images, labels, settings["batch_size"], mean, std, names, **chosen)
+    source = open_source(
+        description["header"]["settings"], "train", [u["file"] for u in description["unreadable"]]
+    )
+    crops = FileCrops(source, description["resolution"], names, settings["crop_scale_min"], flip)
+    return file_batches(crops, settings["batch_size"], mean, std, workers=job.threads, device=device)
 
 
 def in_order(

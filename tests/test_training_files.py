@@ -1,0 +1,96 @@
+"""Training from files and teachers of the user's: what large datasets and users' own work need."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wmdd_core.augmentation import draw_crop
+from wmdd_core.errors import UserError
+from wmdd_core.models import build_model
+from wmdd_core.seeding import torch_generator
+from wmdd_core.sources import open_source
+from wmdd_core.training import FileCrops, file_batches
+from workflow_scripts.pretrain_teacher import load_published
+
+MEAN, STD = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([0.25, 0.25, 0.25])
+
+
+@pytest.fixture
+def source(tmp_path):
+    for split, count in (("train", 7), ("test", 2)):
+        for label, name in enumerate(("a b", "ü")):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((30 + i, 50, 3), 100 * label + i, dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    settings = {"source": "imagefolder", "root": str(tmp_path), "resolution": 16, "seed": 0}
+    return open_source(settings, "train")
+
+
+def test_each_file_is_seen_once_in_an_epoch_with_its_label(source):
+    crops = FileCrops(source, 16, (0, "names"), 0.3, True)
+    device = torch.device("cpu")
+    for workers in (1, 2):
+        batches = file_batches(crops, 4, MEAN, STD, workers=workers, device=device)
+        images, labels = (torch.cat(parts) for parts in zip(*batches(3), strict=True))
+        values = (images.mean((1, 2, 3)) * 0.25 + 0.5).mul(255).round().long()  # each file has one grey
+        assert sorted(values.tolist()) == [*range(7), *range(100, 107)]
+        assert torch.equal(labels, (values >= 100).long())
+
+
+def test_workers_and_repetition_change_no_pixel(source):
+    crops = FileCrops(source, 16, (0, "names"), 0.3, True)
+    one, two = (
+        torch.cat([x for x, _ in file_batches(crops, 5, MEAN, STD, workers=w, device=torch.device("cpu"))(1)])
+        for w in (1, 2)
+    )
+    assert torch.equal(one, two)
+    other = torch.cat(
+        [x for x, _ in file_batches(crops, 5, MEAN, STD, workers=1, device=torch.device("cpu"))(2)]
+    )
+    assert not torch.equal(one, other)
+
+
+def test_crops_of_any_shape_are_distributed_as_torchvisions():
+    from torchvision.transforms import RandomResizedCrop
+
+    ours = torch.tensor([draw_crop(300, 500, 0.08, torch_generator(i)) for i in range(4000)]).double()
+    torch.manual_seed(0)
+    image = torch.zeros(3, 300, 500)
+    theirs = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
+    theirs = torch.tensor(theirs).double()
+    top, left, height, width = ours.T
+    assert (top >= 0).all() and (top + height <= 300).all() and (left + width <= 500).all()
+    # Two samples of 4,000: four standard errors of their difference.
+    tolerance = 4 * theirs.std(0) * (2 / 4000) ** 0.5
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < tolerance).all()
+    assert draw_crop(7, 3, 1.0, torch_generator(0)) == (0, 0, 7, 3)
+    assert draw_crop(1, 1, 0.08, torch_generator(0)) == (0, 0, 1, 1)
+
+
+def test_a_teacher_of_the_users_is_loaded_strictly(tmp_path):
+    made = build_model("convnet", 10, 16, seed=3, width=8)
+    path = tmp_path / "teacher.pt"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in made.state_dict().items()}}, path)
+    loaded = build_model("convnet", 10, 16, seed=4, width=8)
+    load_published(loaded, "convnet", str(path))
+    for name, value in made.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    with pytest.raises(UserError, match=r"of another shape: classifier.bias \(10,\) instead of \(7,\)"):
+        load_published(build_model("convnet", 7, 16, seed=0, width=8), "convnet", str(path))
+    with pytest.raises(UserError, match="there is no file"):
+        load_published(loaded, "convnet", str(tmp_path / "none.pt"))
+
+
+def test_a_pickle_is_not_executed(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return open, (str(tmp_path / "executed"), "w")
+
+    torch.save({"classifier.weight": Harmful()}, tmp_path / "harmful.pt")
+    model = build_model("convnet", 10, 16, seed=0, width=8)
+    with pytest.raises(Exception, match="(?i)weights.only|unsupported"):
+        load_published(model, "convnet", str(tmp_path / "harmful.pt"))
+    assert not (tmp_path / "executed").exists()

@@ -1,0 +1,36 @@
+"""Take over a distilled set that was made elsewhere, after checking its classes and numbers."""
+
+import numpy as np
+import torch
+
+from wmdd_core.artifacts import digest, write_tensors
+from wmdd_core.augmentation import normalise
+from wmdd_core.data import read_image_folder
+from wmdd_core.errors import UserError
+from workflow_scripts.job import Job, run
+from workflow_scripts.real_images import normalisation, read_description
+
+
+def main(job: Job) -> None:
+    description, ipc = read_description(job), int(job.wildcards["ipc"])
+    path, classes = job.settings["external"].replace("{ipc}", str(ipc)), description["classes"]
+    images, labels = read_image_folder(path, classes, description["resolution"])
+    for name, count in zip(classes, np.bincount(labels, minlength=len(classes)), strict=True):
+        if count != ipc:
+            raise UserError(
+                f"{path} holds {count} images of class {name!r}, and ipc is {ipc}; correct one of them"
+            )
+    header = job.header([description["header"]])
+    # What follows depends on the images that were found, not only on where they lay.
+    header["lineage"][job.rule] = digest([header["lineage"][job.rule], images.tobytes().hex()])
+    tensors = {
+        "images": normalise(torch.from_numpy(images), *normalisation(description)),
+        "labels": torch.from_numpy(labels),
+        "index": torch.arange(ipc).repeat(len(classes)),
+        "weights": torch.full((len(labels),), 1 / ipc, dtype=torch.float64),
+    }
+    write_tensors(job.output["shard"], tensors, header)
+
+
+if __name__ == "__main__":
+    run(main)
