@@ -105,6 +105,25 @@ def test_interrupted_run_is_completed_by_the_next_and_ends_equal(smoke, tmp_path
     assert fingerprint(tmp_path) == fingerprint(smoke)
 
 
+def test_a_set_made_elsewhere_runs_through_labels_students_and_tables(smoke):
+    """Our own PNGs, taken for somebody else's: at one image per class the student must come out the same."""
+    distilled = smoke / "results/smoke/digits/distilled/wmdd"
+    (smoke / "external.yaml").write_text(
+        f"methods: {{theirs: {{kind: external, external: '{distilled}/ipc{{ipc}}/png'}}}}", encoding="utf-8"
+    )
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(smoke / "external.yaml")]
+    place = "digits/evaluation/wmdd/{}/ipc1/convnet/seed0.json"
+    done = run_snakemake(smoke, "--cores", "2", f"results/smoke/{place.format('theirs')}", *files)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = (
+        json.loads((smoke / "results/smoke" / place.format(m)).read_text()) for m in ("wmdd", "theirs")
+    )
+    assert {k: v for k, v in ours.items() if k != "header"} == {
+        k: v for k, v in theirs.items() if k != "header"
+    }
+    assert "import_images" in theirs["header"]["lineage"]
+
+
 # ---- what a change makes stale ---------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """Take over a distilled set that was made elsewhere, after checking its classes and numbers."""
 
+import hashlib
+
 import numpy as np
 import torch
 
@@ -22,7 +24,9 @@ def main(job: Job) -> None:
             )
     header = job.header([description["header"]])
     # What follows depends on the images that were found, not only on where they lay.
-    header["lineage"][job.rule] = digest([header["lineage"][job.rule], images.tobytes().hex()])
+    header["lineage"][job.rule] = digest(
+        [header["lineage"][job.rule], hashlib.sha256(images.tobytes()).hexdigest()]
+    )
     tensors = {
         "images": normalise(torch.from_numpy(images), *normalisation(description)),
         "labels": torch.from_numpy(labels),

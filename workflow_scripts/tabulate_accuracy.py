@@ -36,6 +36,8 @@ COLUMNS = (
 )
 PLACE = ("dataset", "recipe", "method", "ipc", "student")
 DATASET_RULE = "describe_dataset"
+FOUND_RULES = (DATASET_RULE, "import_images")
+"""Rules whose digests cover what they found on the disk, which no configuration can foretell."""
 """Its digest holds what was found in the data, which no configuration can foretell."""
 
 MISSING = "–"
@@ -77,7 +79,7 @@ def check_lineage(path: str, header: Mapping, expected: Mapping[str, Iterable[st
     expected: rule → digests that its artefacts may carry.
     """
     for rule, digest in header["lineage"].items():
-        if rule != DATASET_RULE and digest not in expected.get(rule, ()):
+        if rule not in FOUND_RULES and digest not in expected.get(rule, ()):
             raise UserError(
                 f"{path} was made by other settings or code of {rule} than this configuration's;"
                 f" run snakemake again, or delete the file and what {rule} has made"
