@@ -16,7 +16,7 @@ test: install-dev ## lint, formats and tests
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not slurm"
 
 format: install-dev ## bring Python and Snakemake files into shape
 	$(BIN)/ruff check --fix .
@@ -43,3 +43,9 @@ test-slurm: install-dev ## the tests on a Slurm that they start themselves; says
 
 status: install ## per rule: done, running, failed, to do, hours left; ARGS="--configfile presets/cifar10.yaml"
 	$(BIN)/python -m workflow_scripts.status $(ARGS)
+
+.PHONY: plan
+PRESET ?= paper
+
+plan: install ## what is still to do for a preset: jobs, GPU hours, disk; PRESET=paper
+	$(BIN)/snakemake -n --quiet --configfile presets/$(PRESET).yaml

@@ -54,7 +54,7 @@ def coverage(real: np.ndarray, distilled: np.ndarray, neighbours: int = 5) -> fl
     coverage = (1/N) Σ_i 1[min_j ‖x_i − y_j‖ ≤ ‖x_i − NN_k(x_i)‖], for x = `real` (N, D), y = `distilled`
     (M, D) and k = `neighbours`; a point is no neighbour of itself, another at the same place is one
     (Naeem et al. 2020, "Reliable fidelity and diversity metrics for generative models", Eq. 9).
-    Between 0 and 1; M points seldom cover more than M·k/N, so compare sets of one size.
+    Between 0 and 1; it grows with M, and central points cover more than outlying ones.
 
     Raises `UserError` unless there are more real points than neighbours.
     """

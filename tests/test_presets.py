@@ -1,0 +1,266 @@
+"""The presets hold the paper's settings, agree with each other, and a dry run tells what they cost."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import pytest
+import yaml
+from conftest import ROOT, run_snakemake
+from snakemake.utils import update_config
+
+from rules.configuration import prepare, resolve
+from rules.plan import Cost, Planner, Total, summarise
+
+COSTS = yaml.safe_load((ROOT / "report/costs.yaml").read_text(encoding="utf-8"))
+PAPER = ("imagenette", "tiny-imagenet", "imagenet1k")
+
+# Table 6 of the paper, typed from its appendix E.
+SQUEEZE = {
+    "optimizer": "sgd",
+    "learning_rate": 0.025,
+    "weight_decay": 1e-4,
+    "momentum": 0.9,
+    "batch_size": 32,
+    "epochs": 100,
+}
+RECOVER = {
+    "imagenette": {"lambda_bn": 10, "learning_rate": 0.25, "batch_size": 100, "iterations": 2000},
+    "tiny-imagenet": {"lambda_bn": 300, "learning_rate": 0.1, "batch_size": 100, "iterations": 2000},
+    "imagenet1k": {"lambda_bn": 500, "learning_rate": 0.25, "batch_size": 100, "iterations": 2000},
+}
+# What the supplement leaves to the released code.
+DATASET = {
+    "imagenette": {"classes": 10, "resolution": 224, "store_train": True},
+    "tiny-imagenet": {"classes": 200, "resolution": 64, "store_train": True},
+    "imagenet1k": {"classes": 1000, "resolution": 224, "store_train": False},
+}
+ROLL = {"imagenette": 32, "tiny-imagenet": 4, "imagenet1k": 32}
+SRE2L_LAMBDA = {"imagenette": 0.01, "tiny-imagenet": 1, "imagenet1k": 0.01}
+
+
+def read(path: str) -> dict:
+    return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+
+
+@functools.cache
+def resolved(preset: str) -> dict:
+    """The prepared configuration under a preset, merged as Snakemake merges it."""
+    merged = read("config.yaml")
+    update_config(merged, read(f"presets/{preset}.yaml"))
+    return prepare(merged, read("schemas/config.schema.yaml"))
+
+
+def entry(preset: str, block: str, name: str, dataset: str) -> dict:
+    return resolve(resolved(preset)[block][name], dataset, name)
+
+
+BOTH = [(preset, dataset) for dataset in PAPER for preset in (dataset, "paper")]
+
+
+# ---- settings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("preset", "dataset"), BOTH)
+def test_squeeze_and_recover_are_those_of_table_6(preset, dataset):
+    squeeze = entry(preset, "teachers", entry(preset, "datasets", dataset, dataset)["teacher"], dataset)
+    assert {k: squeeze[k] for k in SQUEEZE} == SQUEEZE
+    assert squeeze["architecture"] == "resnet18"
+    recover = entry(preset, "methods", "wmdd", dataset)
+    assert {k: recover[k] for k in RECOVER[dataset]} == RECOVER[dataset]
+
+
+def test_what_is_fixed_in_code_is_what_table_6_says():
+    from wmdd_core.recovery import RecoverySettings
+    from wmdd_core.training import Schedule
+
+    settings = RecoverySettings(iterations=2000, learning_rate=0.25, lambda_bn=10)
+    assert (settings.beta1, settings.beta2) == (0.5, 0.9)
+    halfway = [settings.learning_rate_at(s) / 0.25 for s in (0, 1000, 2000)]
+    assert halfway == pytest.approx([1, 0.5, 0])  # cosine decay
+    assert Schedule(epochs=2, optimizer="sgd", learning_rate=1).smoothing == 1
+
+
+@pytest.mark.parametrize(("preset", "dataset"), BOTH)
+def test_views_datasets_and_recipe_are_as_released(preset, dataset):
+    settings = entry(preset, "datasets", dataset, dataset)
+    assert {k: settings[k] for k in DATASET[dataset]} == DATASET[dataset]
+    for method in ("wmdd", "sre2l"):
+        found = entry(preset, "methods", method, dataset)
+        assert (found["crop_scale_min"], found["roll"]) == (0.08, ROLL[dataset])
+        assert found["start"] == "noise"
+    recipe = entry(preset, "recipes", "wmdd", dataset)
+    wanted = {
+        "epochs": 300,
+        "batch_size": 100,
+        "temperature": 20,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.01,
+    }
+    wanted |= {"optimizer": "adamw", "crop_scale_min": 0.08, "cutmix": True, "labels": "soft"}
+    assert {k: recipe[k] for k in wanted} == wanted
+
+
+@pytest.mark.parametrize(("preset", "dataset"), BOTH)
+def test_sre2l_and_the_released_loss_differ_from_wmdd_as_published(preset, dataset):
+    wmdd, released, sre2l, cda = (
+        entry(preset, "methods", m, dataset) for m in ("wmdd", "wmdd_released", "sre2l", "cda")
+    )
+    assert wmdd["loss_form"] == "paper" and "ce_weight" not in wmdd
+    assert {k for k in released if released[k] != wmdd.get(k)} == {"label", "loss_form", "ce_weight"}
+    assert (released["loss_form"], released["ce_weight"]) == ("released", 1)
+    assert sre2l["lambda_bn"] == SRE2L_LAMBDA[dataset]
+    assert (sre2l["iterations"], sre2l["first_bn_multiplier"]) == (4000, 10)
+    assert sre2l["learning_rate"] == wmdd["learning_rate"] and sre2l["loss_form"] == "released"
+    assert (sre2l["feature_term"], sre2l["bn_term"]) == ("cross_entropy", "global")
+    assert cda == {**sre2l, "label": "CDA", "crop_scale_start": 1}
+
+
+@pytest.mark.parametrize("dataset", PAPER)
+def test_a_dataset_has_one_set_of_settings_whichever_preset_it_runs_under(dataset):
+    teacher = resolved(dataset)["datasets"][dataset]["teacher"]
+    for block, name in (
+        ("datasets", dataset),
+        ("teachers", teacher),
+        ("students", teacher),
+        *(("methods", m) for m in resolved(dataset)["methods"]),
+        *(("recipes", r) for r in resolved(dataset)["recipes"]),
+        *(("barycenters", b) for b in resolved(dataset)["barycenters"]),
+    ):
+        alone = entry(dataset, block, name, dataset)
+        if not (dataset != "imagenette" and alone.get("kind") == "dc"):  # DC is run on ImageNette alone
+            if dataset == "imagenet1k" and alone.get("kind") == "dm":
+                continue
+            assert alone == entry("paper", block, name, dataset), f"{block}.{name}"
+
+
+@pytest.mark.parametrize("preset", [*PAPER, "paper", "own-images"])
+def test_tables_and_figures_show_the_presets_own_datasets(preset):
+    own = set(read(f"presets/{preset}.yaml")["datasets"])
+    config = resolved(preset)
+    for block in ("tables", "figures"):
+        for name, spec in config[block].items():
+            assert set(spec.get("datasets", own)) <= own, f"{block}.{name}"
+            for key in ("student", "students"):
+                listed = spec.get(key, [])
+                for student in [listed] if isinstance(listed, str) else listed:
+                    small = {"own_images", *config["students"]} - {"convnet", "convnet_in"}
+                    assert student in small, f"{block}.{name}.{key}"
+    for name in [*config["page"], *config["paper"]]:
+        assert name in config["tables"] or name in config["figures"]
+
+
+def test_the_paper_is_all_of_it():
+    config = resolved("paper")
+    assert config["page"] == config["paper"]
+    assert config["tables"]["all_methods"]["datasets"] == list(PAPER)
+    assert config["tables"]["all_methods"]["ipc"] == [1, 10, 50, 100]
+    listed = config["tables"]["all_methods"]["methods"]
+    every = {"all_real", "random", "kmeans_real", "dm", "dc", "sre2l", "cda", "wmdd"}
+    assert set(listed["imagenette"]) == every and set(listed["imagenet1k"]) == every - {"dm", "dc"}
+    default = prepare(read("config.yaml"), read("schemas/config.schema.yaml"))
+    assert set(default["paper"]) <= {*config["paper"]}
+
+
+# ---- the plan ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("network", "resolution"),
+    [
+        ({"architecture": "convnet", "width": 24, "depth": 3}, 16),
+        ({"architecture": "convnet", "width": 8, "depth": 2}, 9),
+        ({"architecture": "resnet18"}, 32),
+        ({"architecture": "resnet18"}, 64),
+        ({"architecture": "vit_tiny"}, 64),
+    ],
+)
+def test_operations_and_dimension_of_a_network_are_those_that_pytorch_counts(network, resolution):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from wmdd_core.models import build_model
+
+    model = build_model(**network, classes=10, resolution=resolution, seed=0)
+    with FlopCounterMode(display=False) as counted:
+        features = model.features(torch.zeros(2, 3, resolution, resolution))
+    config = {"datasets": {"d": {"source": "digits", "resolution": resolution}}}
+    planner = Planner(config, COSTS)
+    assert planner.forward(network, "d") == pytest.approx(counted.get_total_flops() / 2, rel=0.01)
+    assert planner.dimension(network, "d") == features.shape[1]
+
+
+def test_costs_of_jobs_written_out():
+    planner = Planner(resolved("imagenette"), COSTS)
+    w = {"dataset": "imagenette", "method": "wmdd", "ipc": "10", "recipe": "wmdd", "student": "resnet18"}
+    forward, pixels = COSTS["networks"]["resnet18"]["large"]["gflop"] * 1e9, 3 * 224 * 224
+    # Ten classes of ten images are one batch of a hundred.
+    assert planner.cost("recover_images", {**w, "shard": "0"}) == Cost(
+        2 * 2000 * 100 * forward, 2000, bytes=4 * 100 * pixels
+    )
+    assert planner.cost("relabel_images", w) == Cost(300 * 100 * forward, 300, bytes=2 * 300 * 100 * 10)
+    assert planner.cost("evaluate_student", {**w, "seed": "0"}) == Cost(3 * 300 * 100 * forward, 300)
+    assert planner.cost("gather_images", w).bytes == 2 * 100 * pixels
+    assert planner.cost("decode_images", {"dataset": "imagenette", "split": "test"}).bytes == 3925 * pixels
+    teacher = planner.cost("pretrain_teacher", {"dataset": "imagenette", "teacher": "resnet18"})
+    assert teacher == Cost(3 * 100 * 9469 * forward, 100 * math.ceil(9469 / 32))
+    assert planner.cost("build_page", {"page": "index"}) == Cost()
+
+
+def test_shards_add_up_to_the_set():
+    planner = Planner(resolved("tiny-imagenet"), COSTS)
+    for method, shards in (("wmdd", 67), ("sre2l", 3 * 2)):  # 33 classes or 100 × 1 image at a time
+        w = {"dataset": "tiny-imagenet", "method": method, "ipc": "3"}
+        kept = []
+        for shard in range(shards):
+            cost = planner.cost("recover_images", {**w, "shard": str(shard)})
+            kept.append(cost.bytes)
+            if not cost.bytes:
+                break
+        sizes = sum(kept) / (4 * 3 * 64 * 64)
+        assert sizes == 600
+
+
+def test_a_dataset_of_unknown_size_is_told_and_not_guessed():
+    planner = Planner(resolved("own-images"), COSTS)
+    assert planner.cost("pretrain_teacher", {"dataset": "own-images", "teacher": "own_images"}) is None
+    jobs = [("pretrain_teacher", {"dataset": "own-images", "teacher": "own_images"}), ("build_page", {})]
+    told = summarise(jobs, resolved("own-images"), COSTS)
+    assert "+ and 1 jobs more, whose size only reading the data will tell" in told
+
+
+def test_a_step_takes_no_less_than_its_least_time():
+    total = Total()
+    total.add(Cost(operations=1.0, steps=3e5), COSTS)
+    assert total.gpu_hours == pytest.approx((6 + 3e5 * 0.012) / 3600)
+    total.add(Cost(operations=60e12 * 3600, steps=1), COSTS)
+    assert total.gpu_hours == pytest.approx((6 + 3600 + 6 + 3600) / 3600)
+    assert total.instead_hours == pytest.approx((12 + (60e12 * 3600 + 1) / 0.06e12) / 3600)
+
+
+def test_the_summary_has_every_job_once():
+    w = {"dataset": "imagenette", "method": "wmdd", "ipc": "10", "recipe": "wmdd", "student": "resnet18"}
+    jobs = [("evaluate_student", {**w, "seed": str(s)}) for s in range(3)]
+    jobs += [("gather_images", w), ("build_page", {"page": "index"})]
+    told = summarise(jobs, resolved("imagenette"), COSTS)
+    counts = dict(re.findall(r"^(\w[\w ]*?)\s+(\d+)\s", told, re.MULTILINE))
+    assert counts == {
+        "evaluate_student": "3",
+        "gather_images": "1",
+        "build_page": "1",
+        "imagenette": "4",
+        "tables and figures": "1",
+        "total": "5",
+    }
+
+
+@pytest.mark.workflow
+def test_a_dry_run_ends_with_the_plan(tmp_path):
+    done = run_snakemake(tmp_path, "-n", "--quiet", "rules")
+    assert done.returncode == 0, done.stderr
+    jobs = int(re.findall(r"^total\s+(\d+)$", done.stderr + done.stdout, re.MULTILINE)[0])
+    plan = done.stderr[done.stderr.index("Plan  ") :]
+    assert re.search(rf"^total\s+{jobs - 1}\s", plan, re.MULTILINE)  # all but the target
+    assert "core hours" in plan and "report/costs.yaml" in plan
