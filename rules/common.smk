@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import glob
 import os
 import re
 import sys
@@ -15,6 +14,7 @@ from rules.configuration import (
     ConfigError,
     canonical,
     code_hash,
+    count_gpus,
     digest,
     prepare,
     prepare_environment,
@@ -176,16 +176,6 @@ def content_of(path):
 # ---- GPUs of this machine --------------------------------------------------------------------
 
 
-def count_gpus():
-    """How many GPUs jobs of this machine may use: those of CUDA_VISIBLE_DEVICES, or all; one, if it is named."""
-    if config["device"] != "auto":
-        return int(config["device"].startswith("cuda"))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
-    return len(glob.glob("/dev/nvidia[0-9]*"))
-
-
 def local_gpu(wildcards):
     """Jobs that use a GPU count it where Snakemake runs them itself; on a cluster its scheduler does.
 
@@ -194,8 +184,8 @@ def local_gpu(wildcards):
     return int(workflow.local_exec)
 
 
-if count_gpus() and "local_gpu" not in workflow.global_resources:
-    workflow.register_resource("local_gpu", count_gpus())
+if count_gpus(config["device"]) and "local_gpu" not in workflow.global_resources:
+    workflow.register_resource("local_gpu", count_gpus(config["device"]))
 
 
 # ---- jobs ------------------------------------------------------------------------------------

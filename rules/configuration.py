@@ -290,3 +290,13 @@ def prepare_environment(root: str) -> None:
         except FileNotFoundError:  # no git on this machine
             commit = ""
         os.environ["WMDD_COMMIT"] = commit or "unknown"
+
+
+def count_gpus(device: str) -> int:
+    """GPUs that jobs of this machine may use: those of CUDA_VISIBLE_DEVICES, or all; one, if it is named."""
+    if device != "auto":
+        return int(device.startswith("cuda"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))

@@ -88,9 +88,9 @@ def build_shown(rows: list[dict[str, str]], labels: Mapping) -> list[list[str]]:
     shown = [
         [
             *(["Dataset"] if several else []),
-            *("IPC", "Method", "Images", "As PNG", "Soft labels"),
+            *("IPC", "Method", "Images", "Images as PNG", "Soft labels"),
             *(f"{step} (s)" for step in steps.values()),
-            *("Soft labels (%)", "Hard labels (%)"),
+            *("Top-1, soft labels (%)", "Top-1, hard labels (%)"),
         ]
     ]
     for row in rows:
@@ -119,11 +119,11 @@ def describe(settings: Mapping) -> str:
     return (
         "Images: uint8 pixels, labels and weights of the whole set in one file, and the same pixels as a"
         " folder of PNG. Soft labels: the teacher's float16 logits on every view of every image. Seconds: run"
-        " time of the jobs on the machine that ran them, summed over shards and classes, training for one"
-        " student; a job that was interrupted tells the time of its last part alone. Barycenters: of methods"
-        " that match them. Accuracy: top-1 on the real test set, mean ± sample standard deviation over"
-        f" students, with the recipes {soft} (soft labels) and {hard} (hard labels). IPC: images per class."
-        " –: not measured, or not part of the method."
+        " time of the jobs on the machine that ran them, their start included, summed over shards and"
+        " classes, training for one student; of an interrupted job the time of its last part. Barycenters: of"
+        " methods that match them. Accuracy: top-1 on the real test set, mean ± sample"
+        f" standard deviation over students, with the recipes {soft} (soft labels) and {hard} (hard labels)."
+        " IPC: images per class. –: not measured, or not part of the method."
     )
 
 

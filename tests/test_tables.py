@@ -1,0 +1,428 @@
+"""Timing, the efficiency harness, the cost table, and the table of hyperparameters."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_snakemake
+
+from wmdd_core import timing
+from wmdd_core.artifacts import make_header, write_json
+from wmdd_core.errors import UserError
+from wmdd_core.timing import IterationTimer, peak_memory, peak_resident_bytes, timed
+from workflow_scripts import (
+    compute_barycenter,
+    decode_images,
+    describe_dataset,
+    extract_features,
+    measure_efficiency,
+    pretrain_teacher,
+    tabulate_cost,
+)
+from workflow_scripts.job import Job
+from workflow_scripts.measure_efficiency import Measured, alone, build_row, build_shown, preparation_seconds
+from workflow_scripts.plain_tables import as_latex, as_markdown
+
+
+def rows_of(path: Path | str) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- timing ----------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that only sleeping moves."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def loop(timer: IterationTimer, sleep, seconds: list[float]) -> None:
+    """A loop as the library writes them."""
+    assert timer.resume() is None
+    for step, duration in enumerate(seconds):
+        sleep(duration)
+        timer.step(step, len(seconds), dict, dict)
+
+
+def test_iterations_after_the_warm_up_are_timed_exactly(monkeypatch):
+    timer = IterationTimer(2)
+    loop(timer, Clock(monkeypatch).sleep, [8.0, 4.0, 0.5, 0.25, 1.5])
+    assert timer.seconds == [0.5, 0.25, 1.5]
+    short = IterationTimer(3)
+    loop(short, Clock(monkeypatch).sleep, [1.0, 1.0, 1.0])
+    assert short.seconds == []
+
+
+def test_a_known_sleep_is_timed():
+    timer = IterationTimer(1)
+    loop(timer, time.sleep, [0.0, 0.02, 0.02, 0.02])
+    assert len(timer.seconds) == 3 and all(s >= 0.02 for s in timer.seconds)
+    result, seconds = timed(lambda: time.sleep(0.02) or "done")
+    assert result == "done" and seconds >= 0.02
+
+
+def test_the_first_iteration_cannot_be_timed():
+    with pytest.raises(ValueError, match="warm_up is 0"):
+        IterationTimer(0)
+
+
+def test_a_step_waits_for_the_gpu(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    timer = IterationTimer(1, "cuda:1")
+    loop(timer, time.sleep, [0.0, 0.0])
+    timed(lambda: None, "cuda:1")
+    assert waited == [torch.device("cuda:1")] * 4
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    assert peak_memory(torch.device("cuda:1")) == (7, timing.DEVICE_MEMORY)
+
+
+def test_peak_memory_sees_what_was_freed_again():
+    before = peak_resident_bytes()
+    block = np.ones(before, np.uint8)  # touched: memory that is only reserved is not resident
+    del block
+    peak, kind = peak_memory(torch.device("cpu"))
+    assert kind == timing.RESIDENT_MEMORY
+    assert 1.2 * before < peak < 4 * before
+
+
+# ---- efficiency ------------------------------------------------------------------------------
+
+RECOVER = {
+    "kind": "recover",
+    "flip": False,
+    "feature_term": "barycenter",
+    "bn_term": "per_class",
+    "loss_form": "paper",
+    "lambda_bn": 1,
+    "iterations": 999,
+    "learning_rate": 0.1,
+    "crop_scale_min": 0.5,
+    "roll": 1,
+    "start": "noise",
+}
+SRE2L = {**RECOVER, "feature_term": "cross_entropy", "bn_term": "global"}
+DM = {
+    "kind": "dm",
+    "iterations": 999,
+    "learning_rate": 1,
+    "momentum": 0.5,
+    "real_batch": 4,
+    "augmentation": ["crop"],
+}
+DC = {
+    **{k: v for k, v in DM.items() if k != "kind"},
+    "kind": "dc",
+    "outer_loops": 7,
+    "inner_steps": 3,
+    "network_learning_rate": 0.01,
+}
+
+
+@pytest.fixture(scope="module")
+def efficiency_job(tmp_path_factory) -> Job:
+    """A job of the harness on digits of 8 pixels, its inputs made by the workflow's own scripts."""
+    root = tmp_path_factory.mktemp("efficiency")
+
+    def step(module, output: dict, files: dict, settings: dict, **wildcards: str) -> dict:
+        output = {k: str(root / v) for k, v in output.items()}
+        rule = module.__name__.split(".")[-1]
+        place = {"dataset": "digits", **wildcards}
+        module.main(Job(rule, place, files, output, settings, "code", "cpu", 1, str(root / "checkpoints")))
+        return output
+
+    data = {"source": "digits", "resolution": 8, "test_fraction": 0.5, "classes": 10, "seed": 0}
+    files = step(describe_dataset, {"description": "description.json"}, {}, data)
+    for split in ("train", "test"):
+        made = step(decode_images, {"images": f"{split}.npy"}, files, data, split=split)
+        files[split] = made["images"]
+    teacher = {"architecture": "convnet", "width": 4, "depth": 2, "epochs": 1, "optimizer": "sgd"}
+    teacher |= {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0, "batch_size": 100}
+    teacher |= {"crop_scale_min": 0.5, "flip": False, "seed": 0}
+    output = {"checkpoint": "teacher.safetensors", "metrics": "metrics.json", "curve": "curve.csv"}
+    files["teacher"] = step(pretrain_teacher, output, files, teacher, teacher="small")["checkpoint"]
+    output = {"features": "features.npy", "index": "index.json", "statistics": "statistics.safetensors"}
+    found = step(extract_features, output, files, {}, teacher="small")
+    files["statistics"] = found["statistics"]
+    place = {"teacher": "small", "barycenter": "learned", "ipc": "1", "block": "0-9"}
+    atoms = step(
+        compute_barycenter, {"barycenter": "atoms.npz"}, found, {"weights": "learned", "seed": 0}, **place
+    )
+    files["barycenters"] = [atoms["barycenter"]]
+    settings = {
+        "title": "Time and memory",
+        "dataset": "digits",
+        "dataset_title": "Digits",
+        "methods": {"dc": DC, "dm": DM, "sre2l": SRE2L, "wmdd": RECOVER},
+        "labels": {"dc": "DC", "dm": "DM", "sre2l": "SRe²L", "wmdd": "WMDD"},
+        "barycenter": {"weights": "learned"},
+        "iterations": 3,
+        "projected_iterations": 200,
+        "seed": 0,
+    }
+    output = {k: str(root / f"efficiency.{k}") for k in ("csv", "md", "tex")}
+    return Job("measure_efficiency", {"figure": "efficiency"}, files, output, settings, "code", "cpu", 1, "-")
+
+
+@pytest.mark.parametrize("method", ["dc", "dm", "sre2l", "wmdd"])
+def test_each_method_runs_its_loop_for_the_timed_iterations(efficiency_job, method):
+    measured = measure_efficiency.measure_method(efficiency_job, method)
+    assert len(measured.seconds) == 3 and all(s > 0 for s in measured.seconds)
+    assert measured.memory == timing.RESIDENT_MEMORY and measured.peak > 2**20
+    assert "thread" in measured.machine
+
+
+def test_the_table_of_the_whole_harness(efficiency_job, monkeypatch):
+    monkeypatch.setattr(measure_efficiency, "alone", lambda name, call, *arguments: call(*arguments))
+    measure_efficiency.main(efficiency_job)
+    rows = rows_of(efficiency_job.output["csv"])
+    assert [r["method"] for r in rows] == ["DC", "DM", "SRe²L", "WMDD"]
+    for row in rows:
+        mean, before = float(row["seconds_per_iteration_mean"]), float(row["preparation_seconds"])
+        assert float(row["total_seconds"]) == pytest.approx(before + 200 * mean, abs=0.02)
+        assert row["iterations_timed"] == "3" and row["machine"]
+    assert [float(r["preparation_seconds"]) > 0 for r in rows] == [False, False, False, True]
+    assert rows[3]["published_seconds_mean"] == "0.013" and rows[0]["published_total_seconds"] == "6348.17"
+    text = Path(efficiency_job.output["md"]).read_text(encoding="utf-8")
+    assert "(0.013 ± 0.001)" in text and "(11.90)" in text and rows[0]["machine"] in text
+    assert "resident memory of the process" in text and "200 iterations" in text
+
+
+def test_what_precedes_the_first_iteration():
+    before = Measured([5.0, 0.25], 0, "", "")
+    assert preparation_seconds(RECOVER, before) == 5.25
+    assert preparation_seconds(SRE2L, before) == 0
+    assert preparation_seconds({**SRE2L, "bn_term": "per_class"}, before) == 5
+    assert preparation_seconds({**SRE2L, "feature_term": "mmd_rbf"}, before) == 5
+    assert preparation_seconds(DM, before) == preparation_seconds(DC, before) == 0
+
+
+def test_a_single_iteration_has_no_deviation_and_an_unknown_method_no_published_figure(efficiency_job):
+    settings = {**efficiency_job.settings, "labels": {"own": "Own"}}
+    job = Job("measure_efficiency", {}, {}, {}, settings, "code", "cpu", 1, "-")
+    row = build_row(job, "own", Measured([0.5], 3 * 2**30, "memory", "machine"), 1.0, {})
+    assert (row["seconds_per_iteration_sd"], row["total_seconds"]) == ("", "101.00")
+    assert build_shown([row])[1] == ["Own", "0.500", "3.00", "101.0"]
+
+
+def test_a_measurement_has_a_process_of_its_own():
+    assert alone("a", os.getpid) != alone("b", os.getpid) != os.getpid()
+
+
+def test_a_measurement_that_is_killed_is_told():
+    with pytest.raises(UserError, match="measured dc was killed"):
+        alone("dc", os.abort)
+
+
+# ---- cost ------------------------------------------------------------------------------------
+
+
+class Sets:
+    """Distilled sets, their evaluations and benchmark files, and the job that tabulates them."""
+
+    recipes = {"soft": "wmdd", "hard": "hard"}
+
+    def __init__(self, root: Path, seeds: int = 2) -> None:
+        self.root, self.expected = root, {labels: {} for labels in self.recipes}
+        self.cells = [
+            {"dataset": "digits", "method": m, "ipc": "10", "student": "convnet", "seeds": seeds}
+            for m in ("random", "wmdd")
+        ]
+        for cell in self.cells:
+            for labels in self.recipes:
+                for seed in range(seeds):
+                    self.write_evaluation(cell, labels, seed)
+            folder = root / cell["method"]
+            (folder / "png/0_zero").mkdir(parents=True)
+            (folder / "images").write_bytes(bytes(3000))
+            (folder / "labels").write_bytes(bytes(2_500_000))
+            for name, size in (("0.png", 300), ("1.png", 45)):
+                (folder / "png/0_zero" / name).write_bytes(bytes(size))
+            self.write_benchmarks(cell["method"], "recovery", [1.5, 2.25])
+            self.write_benchmarks(cell["method"], "relabel", [4.0])
+            self.write_benchmarks(cell["method"], "training", [10.0, 20.0][:seeds])
+        self.write_benchmarks("wmdd", "barycenters", [0.5] * 10)
+
+    def evaluation(self, cell: dict, labels: str, seed: int) -> Path:
+        return self.root / cell["method"] / f"{labels}{seed}.json"
+
+    def write_evaluation(self, cell: dict, labels: str, seed: int, known: bool = True, **changes) -> None:
+        place = {k: v for k, v in cell.items() if k != "seeds"} | {"recipe": self.recipes[labels], **changes}
+        data = make_header("describe_dataset", {"dataset": "digits"}, {}, "")
+        header = make_header("evaluate_student", {**place, "seed": str(seed)}, {"known": known}, "", [data])
+        if known:
+            self.expected[labels]["evaluate_student"] = [header["lineage"]["evaluate_student"]]
+        top1 = {"soft": 60.0, "hard": 40.0}[labels] + seed
+        content = {"top1": top1, "top5": 99.0, "count": 9, "labels": labels}
+        write_json(self.evaluation(cell, labels, seed), content, header)
+
+    def write_benchmarks(self, method: str, step: str, seconds: list[float]) -> None:
+        folder = self.root / "benchmarks" / method
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, s in enumerate(seconds):
+            (folder / f"{step}{number}.tsv").write_text(f"s\th:m:s\tmax_rss\n{s}\t0:00:01\t9.5\n")
+
+    def tabulate(self) -> dict[str, str]:
+        counts = {"recovery": 2, "relabel": 1, "training": self.cells[0]["seeds"], "barycenters": 10}
+
+        def benchmarks(method: str) -> dict:
+            steps = [s for s in counts if s != "barycenters" or method == "wmdd"]
+            return {s: (str(self.root / "benchmarks" / method / f"{s}*.tsv"), counts[s]) for s in steps}
+
+        files = {
+            labels: [str(self.evaluation(c, labels, s)) for c in self.cells for s in range(c["seeds"])]
+            for labels in self.recipes
+        }
+        files |= {
+            k: [str(self.root / c["method"] / k) for c in self.cells] for k in ("images", "png", "labels")
+        }
+        settings = {
+            "title": "Cost",
+            "cells": [{**c, "benchmarks": benchmarks(c["method"])} for c in self.cells],
+            "recipes": self.recipes,
+            "expected": self.expected,
+            "labels": {
+                "datasets": {"digits": "Digits"},
+                "methods": {"random": "random real", "wmdd": "WMDD"},
+            },
+        }
+        output = {k: str(self.root / f"cost.{k}") for k in ("csv", "md", "tex")}
+        job = Job(
+            "tabulate_cost",
+            {"figure": "cost"},
+            files,
+            output,
+            json.loads(json.dumps(settings)),
+            "",
+            "cpu",
+            1,
+            "-",
+        )
+        tabulate_cost.main(job)
+        return output
+
+
+def test_bytes_seconds_and_accuracies_of_each_set(tmp_path):
+    output = Sets(tmp_path).tabulate()
+    random, wmdd = rows_of(output["csv"])
+    assert (wmdd["image_bytes"], wmdd["png_bytes"], wmdd["label_bytes"]) == ("3000", "345", "2500000")
+    assert (wmdd["barycenters_seconds"], wmdd["recovery_seconds"]) == ("5.00", "3.75")
+    assert (wmdd["relabel_seconds"], wmdd["training_seconds"]) == ("4.00", "15.00")  # of one student
+    assert random["barycenters_seconds"] == ""
+    for labels, values in (("soft", [60, 61]), ("hard", [40, 41])):
+        assert float(wmdd[f"top1_{labels}_mean"]) == statistics.mean(values)
+        assert float(wmdd[f"top1_{labels}_sd"]) == pytest.approx(statistics.stdev(values), abs=1e-4)
+    text = Path(output["md"]).read_text(encoding="utf-8")
+    shown = "| 10 | WMDD | 3.0 kB | 0.3 kB | 2.5 MB | 5.0 | 3.8 | 4.0 | 15.0 | 60.5 ± 0.7 | 40.5 ± 0.7 |"
+    assert shown in text
+    assert "| 10 | random real | 3.0 kB | 0.3 kB | 2.5 MB | – |" in text
+    assert r"60.5 $\pm$ 0.7" in Path(output["tex"]).read_text(encoding="utf-8")
+
+
+def test_what_is_missing_is_missing_and_never_zero(tmp_path):
+    sets = Sets(tmp_path)
+    for lost in ("benchmarks/wmdd/recovery1.tsv", "wmdd/hard0.json", "wmdd/hard1.json"):
+        (tmp_path / lost).unlink()
+    (tmp_path / "benchmarks/wmdd/relabel0.tsv").write_text("s\th:m:s\n")  # begun, never finished
+    (tmp_path / "benchmarks/random/relabel0.tsv").write_text("s\th:m:s\n-\t-\n")
+    output = sets.tabulate()
+    random, wmdd = rows_of(output["csv"])
+    assert {wmdd[k] for k in ("recovery_seconds", "relabel_seconds", "top1_hard_mean", "top1_hard_sd")} == {
+        ""
+    }
+    assert wmdd["top1_hard_n"] == "0" and wmdd["top1_soft_n"] == "2"
+    assert random["relabel_seconds"] == "" and random["recovery_seconds"] == "3.75"
+    text = Path(output["md"]).read_text(encoding="utf-8")
+    assert "| 5.0 | – | – | 15.0 | 60.5 ± 0.7 | – |" in text
+    assert "0.0" not in text.split("\n\n")[1]
+
+
+def test_a_single_student_has_no_deviation(tmp_path):
+    output = Sets(tmp_path, seeds=1).tabulate()
+    assert {r["top1_soft_sd"] for r in rows_of(output["csv"])} == {""}
+    assert "±" not in Path(output["md"]).read_text(encoding="utf-8").split("\n\n")[1]
+
+
+def test_evaluations_of_another_configuration_or_place_are_refused_by_name(tmp_path):
+    sets = Sets(tmp_path)
+    sets.write_evaluation(sets.cells[1], "hard", 1, known=False)
+    with pytest.raises(UserError, match=r"wmdd/hard1\.json .* of evaluate_student"):
+        sets.tabulate()
+    sets.write_evaluation(sets.cells[1], "hard", 1, method="sre2l")
+    with pytest.raises(UserError, match=r"wmdd/hard1\.json was made for method 'sre2l', not 'wmdd'"):
+        sets.tabulate()
+    assert not (tmp_path / "cost.csv").exists()
+
+
+# ---- formats ---------------------------------------------------------------------------------
+
+
+def test_tables_for_people_mark_what_is_missing_and_escape():
+    shown = [["a_b", "rate (%)"], ["x|y", "1.5 ± 0.1"], ["λ", ""]]
+    text = as_markdown(shown, "Title", ["One note."])
+    assert (
+        text
+        == "# Title\n\n| a_b | rate (%) |\n| --- | ---: |\n| x\\|y | 1.5 ± 0.1 |\n| λ | – |\n\nOne note.\n"
+    )
+    tex = as_latex(shown, ["One note."])
+    assert tex.startswith("% One note.\n") and "\\begin{tabular}{lr}" in tex
+    assert "a\\_b & rate (\\%) \\\\" in tex and "$\\lambda$ & -- \\\\" in tex
+
+
+# ---- hyperparameters -------------------------------------------------------------------------
+
+TABLE_6 = {  # setting → ImageNette, Tiny-ImageNet, ImageNet-1K, typed from the paper's appendix E
+    "squeeze: optimizer": ("SGD",) * 3,
+    "squeeze: learning rate": (0.025,) * 3,
+    "squeeze: weight decay": (1e-4,) * 3,
+    "squeeze: momentum": (0.9,) * 3,
+    "squeeze: batch size": (32,) * 3,
+    "squeeze: scheduler": ("cosine decay",) * 3,
+    "squeeze: epochs": (100,) * 3,
+    "recover: λ": (10, 300, 500),
+    "recover: optimizer": ("Adam",) * 3,
+    "recover: learning rate": (0.25, 0.1, 0.25),
+    "recover: β1, β2": ("0.5, 0.9",) * 3,
+    "recover: batch size": (100,) * 3,
+    "recover: scheduler": ("cosine decay",) * 3,
+    "recover: iterations": (2000,) * 3,
+}
+
+
+@pytest.mark.workflow
+def test_the_table_of_hyperparameters_is_table_6(tmp_path):
+    done = run_snakemake(tmp_path, "--cores", "1", "hyperparameters")
+    assert done.returncode == 0, done.stdout + done.stderr
+    tables = tmp_path / "results/smoke/report/tables"
+    rows = {r["setting"]: r for r in rows_of(tables / "hyperparameters.csv")}
+    names = ("ImageNette", "Tiny-ImageNet", "ImageNet-1K")
+    for setting, wanted in TABLE_6.items():
+        for name, value in zip(names, wanted, strict=True):
+            found = rows[setting][name]
+            assert found == value if isinstance(value, str) else float(found) == value, (setting, name)
+    assert rows["resolution"] == {
+        "setting": "resolution",
+        "Digits (default)": "16",  # config.yaml's, whatever preset the table is built under
+        "ImageNette": "224",
+        "Tiny-ImageNet": "64",
+        "ImageNet-1K": "224",
+    }
+    assert re.search(
+        r"\| recover: λ \| \d+ \| 10 \| 300 \| 500 \|", (tables / "hyperparameters.md").read_text()
+    )
