@@ -82,6 +82,14 @@ def test_projection_is_idempotent_and_nearer_than_any_other_point(v):
     assert np.linalg.norm(v - w) <= np.linalg.norm(v - other, axis=1).min() + 1e-9
 
 
+@pytest.mark.parametrize("scale", [1e9, 1e17, 1e200])
+def test_projection_of_a_far_vector_still_sums_to_one(scale):
+    w = project_onto_simplex(scale * np.array([1.0, -1.0, 0.5]), 0.01)
+    np.testing.assert_allclose(w, [0.98, 0.01, 0.01], atol=1e-12)
+    tied = project_onto_simplex(np.array([scale, scale, -scale]))
+    np.testing.assert_allclose(tied, [0.5, 0.5, 0], atol=1e-12)
+
+
 def test_projection_refuses_a_floor_that_does_not_fit():
     with pytest.raises(ValueError, match="more than 1"):
         project_onto_simplex(np.zeros(4), 0.3)

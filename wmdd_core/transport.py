@@ -65,6 +65,7 @@ def project_onto_simplex(v: np.ndarray, floor: float = 0.0) -> np.ndarray:
     if floor * len(v) > 1:
         raise ValueError(f"{len(v)} weights of at least {floor} add up to more than 1")
     budget = 1 - floor * len(v)
+    v = v - v.max()  # the projection does not feel it, and far steps would round the sum away from 1
     shifted = np.sort(v - floor)[::-1]
     thresholds = (np.cumsum(shifted) - budget) / np.arange(1, len(v) + 1)
     active = np.flatnonzero(shifted > thresholds)
