@@ -98,8 +98,6 @@ rule import_images:
         method=methods_of_kind("external"),
     conda:
         "../envs/wmdd.yaml"
-    resources:
-        local_gpu=local_gpu,
     params:
         settings=settings_of("import_images"),
         code=code_of("import_images"),

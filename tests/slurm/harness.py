@@ -38,7 +38,7 @@ class Unavailable(Exception):
     """Why there can be no Slurm here."""
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 300, every: float = 0.2):
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 600, every: float = 0.2):
     """The first true value of `condition()`; fails by name after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
@@ -283,7 +283,7 @@ class Run:
         """What Snakemake has printed."""
         return self.out.read_text(errors="replace")
 
-    def wait(self, seconds: float = 900) -> int:
+    def wait(self, seconds: float = 1800) -> int:
         """Its exit status."""
         try:
             return self.process.wait(timeout=seconds)

@@ -106,7 +106,7 @@ def test_what_ends_a_job_is_seen_retried_resumed_and_reported(cluster, done, tmp
     presets = overlay(
         done,
         "teachers:\n"
-        + "".join(f"  {name}: {{like: convnet, epochs: 60}}\n" for name in ends)
+        + "".join(f"  {name}: {{like: convnet, epochs: 40}}\n" for name in ends)
         + "tables: {main: {ipc: [4], methods: [random]}}\n",
     )
     untroubled = Path(shutil.copytree(done, tmp_path / "untroubled"))
@@ -163,7 +163,7 @@ def test_what_ends_a_job_is_seen_retried_resumed_and_reported(cluster, done, tmp
 
 
 def test_ctrl_c_cancels_the_jobs_and_a_rerun_goes_on(cluster, done):
-    presets = overlay(done, "teachers: {slow: {like: convnet, epochs: 60}}")
+    presets = overlay(done, "teachers: {slow: {like: convnet, epochs: 40}}")
     run = cluster.run(done, TEACHER.format("slow"), *CPU_ONLY, presets=presets)
     stop_at_work(cluster, done, ["slow"])
     run.interrupt()
@@ -176,7 +176,7 @@ def test_ctrl_c_cancels_the_jobs_and_a_rerun_goes_on(cluster, done):
 
 
 def test_twins_never_work_at_the_same_time(cluster, done):
-    presets = overlay(done, "teachers: {twin: {like: convnet, epochs: 60}}")
+    presets = overlay(done, "teachers: {twin: {like: convnet, epochs: 40}}")
     target = TEACHER.format("twin")
     run = cluster.run(done, target, *CPU_ONLY, presets=presets)
     old = stop_at_work(cluster, done, ["twin"])["twin"]
