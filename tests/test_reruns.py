@@ -82,11 +82,11 @@ def test_a_new_class_folder_reruns_its_dataset_and_no_other(smoke, tmp_path):
     }
     (tmp_path / "overlay.yaml").write_text(overlay, encoding="utf-8")
     files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "overlay.yaml")]
-    done = run_snakemake(directory, "--cores", "2", *files, "main", preset="")
+    done = run_snakemake(directory, "--cores", "2", "main", *files, preset="")
     assert done.returncode == 0, done.stdout + done.stderr
     assert count_jobs(done.stdout + done.stderr) == {**of_one_dataset, "tabulate_accuracy": 1}
 
     draw_class(root, "light", 220)
-    done = run_snakemake(directory, "--dry-run", *files, "main", preset="")
+    done = run_snakemake(directory, "--dry-run", "main", *files, preset="")
     assert count_jobs(done.stdout + done.stderr) == {**of_one_dataset, "tabulate_accuracy": 1}
     assert "digits" not in " ".join(re.findall(r"^Job \d+: (.+)$", done.stdout + done.stderr, re.MULTILINE))
