@@ -149,9 +149,24 @@ SETTINGS = {}
 """rule → function of the wildcards that gives exactly what the rule's step reads."""
 
 
+PRECISE = (
+    "pretrain_teacher",
+    "recover_images",
+    "evaluate_student",
+    "evaluate_all_real",
+    "measure_efficiency",
+    "measure_distances",
+    "embed_tsne",
+)
+"""Rules whose networks multiply as `precision` says."""
+
+
 def settings_for(function):
     """Register `function` as the settings of the rule it is named after."""
-    SETTINGS[function.__name__.removesuffix("_settings")] = function
+    rule = function.__name__.removesuffix("_settings")
+    chosen = rule in PRECISE and config.get("precision", "auto") != "auto"
+    precision = pick(config, "precision") if chosen else {}
+    SETTINGS[rule] = lambda w: {**function(w), **precision}
     return function
 
 

@@ -1,5 +1,6 @@
 """Squeeze: train a teacher on the real images (Table 6a of the paper), or load one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,10 +26,11 @@ def network_of(settings: dict, description: dict) -> dict:
     return {**shape, "classes": len(description["classes"]), "resolution": description["resolution"]}
 
 
-def schedule_of(settings: dict) -> Schedule:
+def schedule_of(settings: Mapping, decay_matrices_only: bool = False) -> Schedule:
     """The part of the settings that says how to optimise."""
     keys = ("epochs", "optimizer", "learning_rate", "momentum", "weight_decay", "smoothing")
-    return Schedule(**{k: settings[k] for k in keys if k in settings})
+    given = {k: settings[k] for k in keys if k in settings}
+    return Schedule(**given, decay_matrices_only=decay_matrices_only)
 
 
 def load_published(model: Classifier, architecture: str, weights: str) -> None:
@@ -63,7 +65,7 @@ def main(job: Job) -> None:
 
     def tested() -> dict:
         batches = test_batches(test, test_labels, mean, std, device)
-        return accuracy(model, batches, precision=precision(device))
+        return accuracy(model, batches, precision=precision(settings, device))
 
     progress = job.progress([description["header"]])
     if "weights" in settings:
@@ -77,7 +79,7 @@ def main(job: Job) -> None:
             hard_label_loss,
             test=lambda: tested()["top1"],
             test_every=max(1, settings["epochs"] // 20),
-            precision=precision(device),
+            precision=precision(settings, device),
             progress=progress,
         )
     metrics = tested()
