@@ -26,8 +26,8 @@ from wmdd_core.metrics import (
     mean_within_distance,
 )
 from wmdd_core.models import Classifier, build_model
-from workflow_scripts import embed_tsne, evaluate_student, measure_distances, trace_barycenters
-from workflow_scripts.distilled_sets import embed_images, read_distilled_sets
+from workflow_scripts import embed_tsne, measure_distances, trace_barycenters
+from workflow_scripts.distilled_sets import embed_images
 from workflow_scripts.job import Job
 from workflow_scripts.measure_distances import both_sides, distances, with_means
 
@@ -278,30 +278,6 @@ def distances_job(world: dict, output, **settings) -> Job:
         labels=["wmdd-labels.npy", "sre2l-labels.npy"],
         labels_header=["wmdd.json", "sre2l.json"],
     )
-
-
-def test_student_is_the_one_that_evaluate_student_trains(world, tmp_path, monkeypatch):
-    job = small_job(
-        world,
-        "evaluate_student",
-        tmp_path,
-        {"recipe": RECIPE, "views": VIEWS, "student": STUDENT},
-        images="wmdd.safetensors",
-        labels="wmdd-labels.npy",
-        labels_header="wmdd.json",
-        test="test.npy",
-    )
-    job.wildcards.update(dataset="toy", ipc=str(IPC), seed="0", method="wmdd")
-    trained = []
-    built = evaluate_student.build_model
-    monkeypatch.setattr(evaluate_student, "build_model", lambda **k: trained.append(built(**k)) or trained[0])
-    evaluate_student.main(job)
-    (own,) = read_distilled_sets(job, world["description"])
-    student = measure_distances.train_student(
-        job.settings, own, job.input["labels"], world["description"], CPU
-    )
-    for name, value in trained[0].state_dict().items():
-        assert torch.equal(value, student.state_dict()[name]), name
 
 
 def test_distances_of_both_sets_from_files(world, tmp_path):

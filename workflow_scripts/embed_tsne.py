@@ -87,7 +87,7 @@ def train_on_mixture(
         schedule_of(settings["schedule"]),
         batches,
         hard_label_loss,
-        precision=precision(device),
+        precision=precision(settings, device),
         progress=progress,
     )
     return freeze(model)

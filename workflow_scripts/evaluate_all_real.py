@@ -27,10 +27,17 @@ def main(job: Job) -> None:
     progress = job.progress(inputs)
     batches = training_batches(job, description, names, recipe, job.settings["flip"], device)
     curve = fit(
-        model, schedule_of(recipe), batches, hard_label_loss, precision=precision(device), progress=progress
+        model,
+        schedule_of(recipe),
+        batches,
+        hard_label_loss,
+        precision=precision(job.settings, device),
+        progress=progress,
     )
     test, test_labels = resident(open_images(job, description, "test"), device)
-    tested = accuracy(model, test_batches(test, test_labels, mean, std, device), precision=precision(device))
+    tested = accuracy(
+        model, test_batches(test, test_labels, mean, std, device), precision=precision(job.settings, device)
+    )
     content = {**tested, "labels": "hard", "train_loss": curve.train_loss[-1]}
     write_json(job.output["evaluation"], content, job.header(inputs))
     progress.finish()

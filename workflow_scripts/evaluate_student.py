@@ -1,9 +1,14 @@
 """Train a student from scratch on a distilled set and its labels alone; test it on the real test set."""
 
+from collections.abc import Mapping
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from wmdd_core.artifacts import read_json, read_tensors, write_json
-from wmdd_core.models import build_model
+from wmdd_core.models import Classifier, build_model
+from wmdd_core.progress import Progress
 from wmdd_core.relabeling import (
     ViewSettings,
     hard_label_batches,
@@ -12,47 +17,68 @@ from wmdd_core.relabeling import (
     soft_label_loss,
 )
 from wmdd_core.seeding import derive_seed
-from wmdd_core.training import Schedule, accuracy, fit, test_batches
+from wmdd_core.training import Curve, accuracy, fit, test_batches
 from workflow_scripts.job import Job, precision, run
-from workflow_scripts.pretrain_teacher import network_of
+from workflow_scripts.pretrain_teacher import network_of, schedule_of
 from workflow_scripts.real_images import normalisation, open_images, read_description, resident
 
 
-def main(job: Job) -> None:
-    recipe, device = job.settings["recipe"], job.device()
-    description = read_description(job)
-    mean, std = normalisation(description)
-    tensors, distilled_header = read_tensors(job.input["images"])
-    inputs = [description["header"], distilled_header]
-    images = tensors["images"].to(device)
-    ipc = int(job.wildcards["ipc"])
-    weights = tensors["weights"] * ipc if recipe.get("weighted", True) else tensors["weights"] * 0 + 1
-    names = (job.settings["views"]["seed"], job.wildcards["dataset"], "student", job.wildcards["seed"])
+def train_student(
+    settings: Mapping,
+    distilled: Mapping[str, Tensor],
+    soft_labels: str | None,
+    description: Mapping,
+    seed: str,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> tuple[Classifier, Curve]:
+    """A student trained by `settings["recipe"]`, and its learning curve.
+
+    `distilled` has uint8 `images` (M, 3, R, R), `labels` (M,) and `weights` (M,), which sum to 1 in
+    each class; `soft_labels` is the path of their soft labels, or None where the recipe has hard ones.
+    """
+    recipe, mean, std = settings["recipe"], *normalisation(description)
+    images, weights = distilled["images"].to(device), distilled["weights"]
+    weights = weights / weights.mean() if recipe.get("weighted", True) else torch.ones_like(weights)
+    names = (settings["views"]["seed"], description["header"]["wildcards"]["dataset"], "student", seed)
     common = {
-        "settings": ViewSettings(**job.settings["views"]),
+        "settings": ViewSettings(**settings["views"]),
         "batch_size": min(recipe["batch_size"], len(images)),
         "mean": mean,
         "std": std,
         "seed_names": names,
     }
-    if recipe["labels"] == "soft":
-        inputs.append(read_json(job.input["labels_header"])["header"])
-        batches = soft_label_batches(images, weights, np.load(job.input["labels"], mmap_mode="r"), **common)
+    if soft_labels is not None:
+        logits = np.load(soft_labels, mmap_mode="r")
+        batches = soft_label_batches(images, weights, logits, **common)
         loss = soft_label_loss(recipe["temperature"])
     else:
-        batches = hard_label_batches(images, weights, tensors["labels"], **common)
-        loss = mixed_label_loss
-
-    progress = job.progress(inputs)
-    model = build_model(**network_of(job.settings["student"], description), seed=derive_seed(*names)).to(
-        device
+        batches, loss = hard_label_batches(images, weights, distilled["labels"], **common), mixed_label_loss
+    student = build_model(**network_of(settings["student"], description), seed=derive_seed(*names)).to(device)
+    curve = fit(
+        student,
+        schedule_of(recipe, decay_matrices_only=True),
+        batches,
+        loss,
+        precision=precision(settings, device),
+        progress=progress,
     )
-    keys = ("epochs", "optimizer", "learning_rate", "momentum", "weight_decay", "smoothing")
-    schedule = Schedule(**{k: recipe[k] for k in keys if k in recipe}, decay_matrices_only=True)
-    curve = fit(model, schedule, batches, loss, precision=precision(device), progress=progress)
+    return student, curve
+
+
+def main(job: Job) -> None:
+    device, description = job.device(), read_description(job)
+    distilled, distilled_header = read_tensors(job.input["images"])
+    inputs = [description["header"], distilled_header]
+    soft_labels = job.input.get("labels")
+    if soft_labels:
+        inputs.append(read_json(job.input["labels_header"])["header"])
+    progress, seed = job.progress(inputs), job.wildcards["seed"]
+    student, curve = train_student(job.settings, distilled, soft_labels, description, seed, device, progress)
     test, test_labels = resident(open_images(job, description, "test"), device)
-    tested = accuracy(model, test_batches(test, test_labels, mean, std, device), precision=precision(device))
-    content = {**tested, "labels": recipe["labels"], "train_loss": curve.train_loss[-1]}
+    batches = test_batches(test, test_labels, *normalisation(description), device)
+    tested = accuracy(student, batches, precision=precision(job.settings, device))
+    content = {**tested, "labels": job.settings["recipe"]["labels"], "train_loss": curve.train_loss[-1]}
     write_json(job.output["evaluation"], content, job.header(inputs))
     progress.finish()
     print(f"top-1 {tested['top1']:.2f} %, top-5 {tested['top5']:.2f} % on {tested['count']} test images")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import fcntl
 import json
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What `lockf` says where a file system is mounted without locks."""
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Of <malloc.h>."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -120,11 +124,17 @@ def _free_gpu(count: int) -> int:
         time.sleep(10)
 
 
-def precision(device: torch.device) -> AbstractContextManager:
-    """bfloat16 where a GPU multiplies, float32 elsewhere; losses and statistics are float32 everywhere."""
+def precision(settings: Mapping, device: torch.device) -> AbstractContextManager:
+    """How networks multiply; losses and statistics are float32 everywhere.
+
+    `auto`, the default of `settings["precision"]`, is bfloat16 on a GPU and float32 on a CPU.
+    """
     import torch
 
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    name = settings.get("precision", "auto")
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext()
 
 
 def run(main: Callable[[Job], None]) -> None:
@@ -137,6 +147,7 @@ def run(main: Callable[[Job], None]) -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(given.threads))
+    keep_freed_memory()
     job = Job(
         rule,
         given.job["wildcards"],
@@ -160,6 +171,18 @@ def run(main: Callable[[Job], None]) -> None:
             f"error: cannot write {error.filename or 'an output'}: {error.strerror};"
             " free or unlock it and rerun"
         )
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator reuse large blocks instead of giving them back to the kernel after each operation.
+
+    The page faults of taking them again are a third of a training step on a CPU. Where the C library
+    has no such knobs, nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextlib.contextmanager

@@ -19,17 +19,7 @@ from torch import Tensor
 from wmdd_core.artifacts import read_json, write_text
 from wmdd_core.discrepancies import exact_wasserstein, measure_lipschitz_bound, mmd_linear, mmd_rbf
 from wmdd_core.metrics import cross_entropy_lipschitz, mean_squared_distance
-from wmdd_core.models import Classifier, build_model, freeze
-from wmdd_core.progress import Progress
-from wmdd_core.relabeling import (
-    ViewSettings,
-    hard_label_batches,
-    mixed_label_loss,
-    soft_label_batches,
-    soft_label_loss,
-)
-from wmdd_core.seeding import derive_seed
-from wmdd_core.training import Schedule, fit
+from wmdd_core.models import Classifier, freeze
 from workflow_scripts.distilled_sets import (
     DistilledSet,
     check_artefact,
@@ -38,10 +28,10 @@ from workflow_scripts.distilled_sets import (
     real_of_class,
 )
 from workflow_scripts.drawing import line_styles, new_figure, save
-from workflow_scripts.job import Job, precision, run
+from workflow_scripts.evaluate_student import train_student
+from workflow_scripts.job import Job, run
 from workflow_scripts.plot_accuracy import names_of
-from workflow_scripts.pretrain_teacher import network_of
-from workflow_scripts.real_images import load_teacher, normalisation, open_images, read_description
+from workflow_scripts.real_images import load_teacher, open_images, read_description
 from workflow_scripts.tabulate_accuracy import check_lineage, check_place, listed
 
 Embedding = tuple[Classifier, Tensor, Callable[[int], Tensor]]
@@ -114,42 +104,6 @@ def with_means(rows: Sequence[dict]) -> pd.DataFrame:
         mean = means[(means.ipc == place[0]) & (means.method == place[1])]
         parts += [own, mean.assign(**{"class": MEAN})]
     return pd.concat(parts)[table.columns].reset_index(drop=True)
-
-
-# ---- the student -----------------------------------------------------------------------------
-
-
-def train_student(
-    settings: Mapping,
-    own: DistilledSet,
-    labels: str | None,
-    description: Mapping,
-    device: torch.device,
-    progress: Progress | None = None,
-) -> Classifier:
-    """The student that `evaluate_student` trains on `own` with seed 0, frozen; `labels`: soft labels."""
-    recipe, mean, std = settings["recipe"], *normalisation(description)
-    images = own.images.to(device)
-    weights = own.weights * int(own.ipc) if recipe.get("weighted", True) else own.weights * 0 + 1
-    dataset = description["header"]["wildcards"]["dataset"]
-    names = (settings["views"]["seed"], dataset, "student", STUDENT_SEED)
-    common = {
-        "settings": ViewSettings(**settings["views"]),
-        "batch_size": min(recipe["batch_size"], len(images)),
-        "mean": mean,
-        "std": std,
-        "seed_names": names,
-    }
-    if labels is not None:
-        batches = soft_label_batches(images, weights, np.load(labels, mmap_mode="r"), **common)
-        loss = soft_label_loss(recipe["temperature"])
-    else:
-        batches, loss = hard_label_batches(images, weights, own.labels, **common), mixed_label_loss
-    student = build_model(**network_of(settings["student"], description), seed=derive_seed(*names))
-    keys = ("epochs", "optimizer", "learning_rate", "momentum", "weight_decay", "smoothing")
-    schedule = Schedule(**{k: recipe[k] for k in keys if k in recipe}, decay_matrices_only=True)
-    fit(student.to(device), schedule, batches, loss, precision=precision(device), progress=progress)
-    return freeze(student)
 
 
 def soft_labels_of(job: Job, sets: Sequence[DistilledSet]) -> list[str | None]:
@@ -268,7 +222,10 @@ def main(job: Job) -> None:
         if store is not None:
             place = {**job.wildcards, "method": own.method, "ipc": own.ipc}
             progresses.append(replace(job, wildcards=place).progress([description["header"], own.header]))
-            student = train_student(job.settings, own, labels, description, device, progresses[-1])
+            student, _ = train_student(
+                job.settings, vars(own), labels, description, STUDENT_SEED, device, progresses[-1]
+            )
+            freeze(student)
 
             def real(c: int, student: Classifier = student) -> Tensor:
                 return embed_images(student, real_of_class(store, c), description, device)

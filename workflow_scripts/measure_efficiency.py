@@ -92,7 +92,7 @@ def run_recovery(job: Job, settings: dict, timer: IterationTimer) -> None:
         seed_names=(seed, dataset),
         device=device,
         initial=initial,
-        precision=precision(device),
+        precision=precision(job.settings, device),
         progress=timer,
     )
 

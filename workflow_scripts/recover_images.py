@@ -61,6 +61,7 @@ def build_shard(job: Job, classes: list[int], numbers: list[int]) -> tuple[Shard
 def main(job: Job) -> None:
     settings = dict(job.settings)
     seed, sharding, start = settings.pop("seed"), settings.pop("sharding"), settings.pop("start")
+    settings.pop("precision", None)  # `precision` reads it from the job's
     device = job.device()
     description = read_description(job)
     teacher, teacher_header = load_teacher(job.input["teacher"], device)
@@ -90,7 +91,7 @@ def main(job: Job) -> None:
         seed_names=(seed, job.wildcards["dataset"]),
         device=device,
         initial=initial,
-        precision=precision(device),
+        precision=precision(job.settings, device),
         progress=progress,
     )
     tensors = {
