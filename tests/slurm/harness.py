@@ -25,12 +25,12 @@ from pathlib import Path
 
 from conftest import ROOT
 
-CONFIG = Path("/etc/slurm/slurm.conf")
+CONFIGS = Path("/etc/slurm/slurm.conf"), Path("/etc/slurm/gres.conf")
 """Jobs look nowhere else: the plugin strips SLURM_CONF from their environment."""
 
-MARK = "# Made by a test of this project, which removes it."
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "sinfo", "srun")
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 FAILED = ("FAILED", "TIMEOUT", "CANCELLED", "OUT_OF_MEMORY", "NODE_FAIL")
 
 
@@ -51,16 +51,22 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 600,
 
 def _die_with_parent() -> None:
     """Linux: end this daemon if the tests are killed without a chance to clean up."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _heed_ctrl_c() -> None:
+    """As in a terminal, also where the tests themselves run in the background, which ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Cluster:
     """A running single-node Slurm; use as a context manager."""
 
     def __enter__(self) -> Cluster:
-        self._refuse()
         self._lock = open("/tmp/wmdd-slurm-tests.lock", "w")  # noqa: SIM115
         fcntl.lockf(self._lock, fcntl.LOCK_EX)  # another run of these tests: wait for its end
+        self._refuse()
         self.home = Path(tempfile.mkdtemp(prefix="wmdd-slurm-"))
         self.home.chmod(0o755)
         self.daemons: list[subprocess.Popen] = []
@@ -91,7 +97,7 @@ class Cluster:
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for path in (CONFIG, CONFIG.with_name("gres.conf")):
+        for path in CONFIGS:
             path.unlink(missing_ok=True)
         shutil.rmtree(self.home, ignore_errors=True)
         self._lock.close()
@@ -102,8 +108,9 @@ class Cluster:
             raise Unavailable(f"{', '.join(missing)} not found; run tests/slurm/install.sh")
         if os.geteuid() != 0:
             raise Unavailable("Slurm's daemons need root here")
-        if CONFIG.exists() and not CONFIG.read_text().startswith(MARK):
-            raise Unavailable(f"{CONFIG} belongs to a Slurm of this machine, which the tests leave alone")
+        for path in CONFIGS:
+            if path.exists():
+                raise Unavailable(f"{path} belongs to a Slurm of this machine, which the tests leave alone")
 
     def _start(self) -> None:
         host, home = socket.gethostname().partition(".")[0], self.home
@@ -112,9 +119,8 @@ class Cluster:
         (home / "munge.key").write_bytes(os.urandom(128))
         (home / "munge.key").chmod(0o400)
 
-        CONFIG.parent.mkdir(exist_ok=True)
-        CONFIG.write_text(f"""{MARK}
-ClusterName=tests
+        (home / "gres.conf").write_text("Name=gpu Type=pretended File=/dev/null\n")
+        (home / "slurm.conf").write_text(f"""ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={_free_port()}
 SlurmdPort={_free_port()}
@@ -147,7 +153,11 @@ NodeName={host} NodeAddr=127.0.0.1 CPUs=64 RealMemory=1000000 Gres=gpu:pretended
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 PartitionName=gpu Nodes=ALL MaxTime=INFINITE State=UP
 """)
-        CONFIG.with_name("gres.conf").write_text("Name=gpu Type=pretended File=/dev/null\n")
+        for path in CONFIGS:
+            # A link through this process: should it be killed, the machine is again one without Slurm.
+            path.parent.mkdir(exist_ok=True)
+            path.unlink(missing_ok=True)
+            path.symlink_to(f"/proc/{os.getpid()}/root{home}/{path.name}")
         munge = [f"--{option}={home}/munge.{end}" for option, end in MUNGE_FILES.items()]
         self._daemon("munged", "--foreground", "--force", *munge)
         wait_until((home / "munge.socket").exists, "munged", 30)
@@ -276,6 +286,7 @@ class Run:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_heed_ctrl_c,
             )
 
     @property

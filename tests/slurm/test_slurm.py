@@ -20,9 +20,28 @@ from harness import FAILED, Cluster, Run, Unavailable, slurm_job_of, wait_until
 pytestmark = [pytest.mark.workflow, pytest.mark.slurm]
 
 SMOKE = ROOT / "presets/smoke.yaml"
+PART = (
+    "results/smoke/digits/evaluation/wmdd/sre2l/ipc1/convnet/seed0.json",
+    "results/smoke/digits/evaluation/own/all_real/ipcall/convnet/seed0.json",
+    "results/smoke/digits/barycenters/convnet/learned/ipc1/class0.npz",
+)
+WITH_GPU = {
+    "pretrain_teacher",
+    "extract_features",
+    "recover_images",
+    "relabel_images",
+    "evaluate_student",
+    "evaluate_all_real",
+}
 TEACHER = "results/smoke/digits/teachers/{}/checkpoint.safetensors"
 CPU_ONLY = ("--set-resources", "describe_dataset:mem_mb=2000")
 """On the command line it takes the place of the profile's per-rule requests: no job asks for a GPU."""
+ENDS = ("killed", "cancelled", "requeued", "overdue")
+TROUBLED = f"""
+teachers: {{{", ".join(f"{name}: {{like: convnet, epochs: 40}}" for name in ENDS)}}}
+tables: {{main: {{ipc: [4], methods: [random]}}}}
+"""
+STUDENT = "results/smoke/digits/evaluation/wmdd/random/ipc4/convnet/seed0.json"
 
 
 @pytest.fixture(scope="session")
@@ -36,16 +55,9 @@ def cluster():
 
 
 @pytest.fixture(scope="session")
-def smoke_run(cluster, tmp_path_factory) -> Run:
-    """The smoke preset on Slurm by the profile as it is, begun but not awaited."""
-    return cluster.run(tmp_path_factory.mktemp("slurm-smoke"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def begun_early(request):
-    """One pretended GPU keeps the smoke run at one job: it goes on beside the other tests."""
-    if any("smoke_run" in item.fixturenames for item in request.session.items):
-        request.getfixturevalue("smoke_run")
+def part_of_smoke(cluster, tmp_path_factory) -> Run:
+    """Files of the smoke preset that take each kind of job, by the profile as it is."""
+    return cluster.run(tmp_path_factory.mktemp("part"), *PART)
 
 
 @pytest.fixture
@@ -54,9 +66,50 @@ def done(smoke, tmp_path) -> Path:
     return Path(shutil.copytree(smoke, tmp_path / "done"))
 
 
+@pytest.fixture(scope="session")
+def troubled(cluster, smoke, tmp_path_factory) -> Run:
+    """Four teachers that are ended at work, each in its own way, and two jobs with too little memory."""
+    directory = Path(shutil.copytree(smoke, tmp_path_factory.mktemp("troubled") / "done"))
+    run = cluster.run(
+        directory,
+        *map(TEACHER.format, ENDS),
+        STUDENT,
+        "--set-resources",
+        "select_images:mem_mb=250 if attempt == 1 else 4000",
+        "relabel_images:mem_mb=250",
+        presets=overlay(directory, TROUBLED),
+        jobs=6,
+    )
+    held = stop_at_work(cluster, directory, ENDS)
+    jobs = {name: slurm_job_of(pid) for name, pid in held.items()}
+    os.kill(held["killed"], signal.SIGKILL)
+    cluster.call("scancel", jobs["cancelled"])
+    cluster.call("scontrol", "requeue", jobs["requeued"])
+    cluster.call("scontrol", "update", f"JobId={jobs['overdue']}", "TimeLimit=1")
+    return run
+
+
+@pytest.fixture(scope="session")
+def changed_lambda(cluster, smoke, tmp_path_factory) -> Run:
+    """The labels of a set after a change of its method's lambda_bn."""
+    directory = Path(shutil.copytree(smoke, tmp_path_factory.mktemp("lambda") / "done"))
+    presets = overlay(directory, "methods: {wmdd: {lambda_bn: 3}}")
+    target = "results/smoke/digits/labels/wmdd/wmdd/ipc1/labels.npy"
+    return cluster.run(directory, target, *CPU_ONLY, presets=presets, jobs=2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begun_early(request):
+    """What needs only to be awaited goes on beside the other tests, where it has been asked for."""
+    wanted = {name for item in request.session.items for name in item.fixturenames}
+    for name in ("part_of_smoke", "changed_lambda", "hundred", "troubled"):
+        if name in wanted:
+            request.getfixturevalue(name)
+
+
 def overlay(directory: Path, text: str) -> tuple[Path, Path]:
     """The smoke preset and `text` laid over it."""
-    path = directory.parent / "overlay.yaml"
+    path = directory.parent / f"{directory.name}.yaml"
     path.write_text(text, encoding="utf-8")
     return SMOKE, path
 
@@ -75,7 +128,7 @@ def rules_of(jobs: list[dict]) -> list[str]:
     return sorted(re.match(r"rule_(.+?)(_wildcards|$)", job["Comment"]).group(1) for job in jobs)
 
 
-def stop_at_work(cluster: Cluster, directory: Path, teachers: list[str]) -> dict[str, int]:
+def stop_at_work(cluster: Cluster, directory: Path, teachers: tuple[str, ...]) -> dict[str, int]:
     """Teacher → process, each held still (SIGSTOP) once it has a checkpoint and is still training."""
     held: dict[str, int] = {}
 
@@ -101,71 +154,10 @@ def log_of(directory: Path, teacher: str) -> str:
 # ---- failures --------------------------------------------------------------------------------
 
 
-def test_what_ends_a_job_is_seen_retried_resumed_and_reported(cluster, done, tmp_path):
-    ends = ["killed", "cancelled", "requeued", "overdue"]
-    presets = overlay(
-        done,
-        "teachers:\n"
-        + "".join(f"  {name}: {{like: convnet, epochs: 40}}\n" for name in ends)
-        + "tables: {main: {ipc: [4], methods: [random]}}\n",
-    )
-    untroubled = Path(shutil.copytree(done, tmp_path / "untroubled"))
-    targets = [TEACHER.format(name) for name in ends]
-    evaluation = "results/smoke/digits/evaluation/wmdd/random/ipc4/convnet/seed0.json"
-    run = cluster.run(
-        done,
-        *targets,
-        evaluation,
-        "--set-resources",
-        "pretrain_teacher:runtime=1 if wildcards.teacher == 'overdue' and attempt == 1 else 30 * attempt",
-        "select_images:mem_mb=250 if attempt == 1 else 4000",
-        "relabel_images:mem_mb=250",
-        presets=presets,
-        jobs=6,
-    )
-    held = stop_at_work(cluster, done, ends)
-    os.kill(held["killed"], signal.SIGKILL)
-    cluster.call("scancel", slurm_job_of(held["cancelled"]))
-    cluster.call("scontrol", "requeue", slurm_job_of(held["requeued"]))
-
-    assert run.wait() == 1, run.told  # what needs relabel_images could not be made
-    jobs = run.jobs()
-    by_end = {name: of_rule(jobs, "pretrain_teacher", "digits", name) for name in ends}
-    assert states(by_end["killed"]) == ["FAILED", "COMPLETED"]
-    assert states(by_end["cancelled"]) == ["CANCELLED", "COMPLETED"]
-    assert states(by_end["overdue"]) == ["TIMEOUT", "COMPLETED"]
-    assert states(by_end["requeued"]) == ["COMPLETED"] and by_end["requeued"][0]["Restarts"] == "1"
-    # More of what helps: the profile doubles memory, the test's own expression scales the time.
-    first, second = by_end["killed"]
-    assert (first["MinMemoryNode"], second["MinMemoryNode"]) == ("2000M", "4000M")
-    assert (first["TimeLimit"], second["TimeLimit"]) == ("00:30:00", "01:00:00")
-    out_of_memory = of_rule(jobs, "select_images")
-    assert states(out_of_memory)[-1] == "COMPLETED" and len(out_of_memory) == 2
-    assert states(out_of_memory)[0] in FAILED
-
-    for name in ends:
-        assert "resuming after step" in log_of(done, name), name
-    told = run_snakemake(untroubled, "--cores", "2", *targets, "--configfile", *map(str, presets), preset="")
-    assert told.returncode == 0, told.stdout + told.stderr
-    for target in targets:
-        assert (done / target).read_bytes() == (untroubled / target).read_bytes(), target
-
-    # Retries are spent: the rule, its wildcards and the log are named.
-    assert len(of_rule(jobs, "relabel_images")) == 3
-    assert not of_rule(jobs, "evaluate_student")
-    ending = run.told[run.told.rindex("Error in rule relabel_images") :]
-    assert "results/smoke/logs/relabel_images/digits/wmdd/random/ipc4.log" in ending
-    assert '"wildcards":{"dataset":"digits","ipc":"4","method":"random","recipe":"wmdd"}' in ending
-
-    again = cluster.run(done, *targets, evaluation, *CPU_ONLY, presets=presets)
-    assert again.wait() == 0, again.told
-    assert rules_of(again.jobs()) == ["evaluate_student", "relabel_images"]
-
-
 def test_ctrl_c_cancels_the_jobs_and_a_rerun_goes_on(cluster, done):
     presets = overlay(done, "teachers: {slow: {like: convnet, epochs: 40}}")
     run = cluster.run(done, TEACHER.format("slow"), *CPU_ONLY, presets=presets)
-    stop_at_work(cluster, done, ["slow"])
+    stop_at_work(cluster, done, ("slow",))
     run.interrupt()
     assert run.wait() != 0
     wait_until(lambda: not cluster.active(done), "the end of the cluster's jobs", 60)
@@ -179,7 +171,7 @@ def test_twins_never_work_at_the_same_time(cluster, done):
     presets = overlay(done, "teachers: {twin: {like: convnet, epochs: 40}}")
     target = TEACHER.format("twin")
     run = cluster.run(done, target, *CPU_ONLY, presets=presets)
-    old = stop_at_work(cluster, done, ["twin"])["twin"]
+    old = stop_at_work(cluster, done, ("twin",))["twin"]
     run.kill()
     assert states(cluster.active(done)) == ["RUNNING"]  # nobody has cancelled it
     unlocked = run_snakemake(done, "--unlock", "--configfile", *map(str, presets), preset="")
@@ -215,115 +207,192 @@ def _text(directory: Path, teacher: str) -> str:
     return ""
 
 
+def test_what_ends_a_job_is_seen_retried_resumed_and_reported(cluster, troubled, smoke, tmp_path):
+    assert troubled.wait() == 1, troubled.told  # what needs relabel_images could not be made
+    jobs, directory = troubled.jobs(), troubled.directory
+    by_end = {name: of_rule(jobs, "pretrain_teacher", "digits", name) for name in ENDS}
+    assert states(by_end["killed"]) == ["FAILED", "COMPLETED"]
+    assert states(by_end["cancelled"]) == ["CANCELLED", "COMPLETED"]
+    assert states(by_end["overdue"]) == ["TIMEOUT", "COMPLETED"]
+    assert states(by_end["requeued"]) == ["COMPLETED"] and by_end["requeued"][0]["Restarts"] == "1"
+    # More of what helps: the profile doubles memory and time.
+    for end in ("killed", "overdue"):
+        assert [job["MinMemoryNode"] for job in by_end[end]] == ["2000M", "4000M"]
+    assert [job["TimeLimit"] for job in by_end["killed"]] == ["00:30:00", "01:00:00"]
+    assert [job["TimeLimit"] for job in by_end["overdue"]] == ["00:01:00", "01:00:00"]
+    out_of_memory = of_rule(jobs, "select_images")
+    assert states(out_of_memory)[-1] == "COMPLETED" and len(out_of_memory) == 2
+    assert states(out_of_memory)[0] in FAILED
+
+    for name in ENDS:
+        assert "resuming after step" in log_of(directory, name), name
+    untroubled = Path(shutil.copytree(smoke, tmp_path / "untroubled"))
+    presets, targets = overlay(untroubled, TROUBLED), [TEACHER.format(name) for name in ENDS]
+    told = run_snakemake(untroubled, "--cores", "2", *targets, "--configfile", *map(str, presets), preset="")
+    assert told.returncode == 0, told.stdout + told.stderr
+    for target in targets:
+        assert (directory / target).read_bytes() == (untroubled / target).read_bytes(), target
+
+    # Retries are spent: the rule, its wildcards and the log are named.
+    assert len(of_rule(jobs, "relabel_images")) == 3
+    assert not of_rule(jobs, "evaluate_student")
+    ending = troubled.told[troubled.told.rindex("Error in rule relabel_images") :]
+    assert "results/smoke/logs/relabel_images/digits/wmdd/random/ipc4.log" in ending
+    assert '"wildcards":{"dataset":"digits","ipc":"4","method":"random","recipe":"wmdd"}' in ending
+
+    again = cluster.run(directory, *targets, STUDENT, *CPU_ONLY, presets=overlay(directory, TROUBLED))
+    assert again.wait() == 0, again.told
+    assert rules_of(again.jobs()) == ["evaluate_student", "relabel_images"]
+
+
 # ---- changes ---------------------------------------------------------------------------------
 
 
-def test_a_changed_lambda_submits_what_depends_on_it(cluster, done):
-    presets = overlay(done, "methods: {wmdd: {lambda_bn: 3}}")
-    target = "results/smoke/digits/labels/wmdd/wmdd/ipc1/labels.npy"
-    run = cluster.run(done, target, *CPU_ONLY, presets=presets)
-    assert run.wait() == 0, run.told
-    assert rules_of(run.jobs()) == ["gather_images", *["recover_images"] * 3, "relabel_images"]
-    assert all(job["Comment"].find("sre2l") < 0 for job in run.jobs())
-
-
-# ---- many classes ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def thousand(tmp_path) -> Path:
-    """A folder with features of 1,000 classes, 20 points each in 16 dimensions."""
-    folder = tmp_path / "thousand/results/smoke/many/features/convnet"
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    np.save(folder / "features.npy", generator.standard_normal((20_000, 16), dtype=np.float32))
-    header = {"rule": "extract_features", "lineage": {}}
-    index = {"offsets": list(range(0, 20_001, 20)), "dimension": 16, "header": header}
-    (folder / "index.json").write_text(json.dumps(index))
-    return tmp_path / "thousand"
-
-
-MANY = """
-datasets: {{many: {{source: imagefolder, classes: 1000, resolution: 8, teacher: convnet}}}}
-classes_per_job: {}
-"""
-BARYCENTERS = "results/smoke/many/barycenters/convnet/learned/ipc2"
-
-
-def test_a_thousand_classes_in_blocks_of_fifty(cluster, thousand, record_property):
-    targets = [f"{BARYCENTERS}/class{first}-{first + 49}.npz" for first in range(0, 1000, 50)]
-    began = time.monotonic()
-    run = cluster.run(
-        thousand,
-        *targets,
-        "--allowed-rules",
-        "compute_barycenter",
-        *CPU_ONLY,
-        presets=overlay(thousand, MANY.format(50)),
-    )
-    assert run.wait() == 0, run.told
-    wall = time.monotonic() - began
-    assert rules_of(run.jobs()) == ["compute_barycenter"] * 20
-    logs = (thousand / "results/smoke/logs/compute_barycenter").rglob("*.log")
-    seconds = [float(s) for log in logs for s in re.findall(r", ([\d.]+) s$", log.read_text(), re.MULTILINE)]
-    assert len(seconds) == 1000
-    overhead = (wall - sum(seconds) / 2) / 1000
-    record_property("overhead_per_class", overhead)
-    print(
-        f"1,000 classes: {wall:.0f} s of wall time, {sum(seconds):.0f} s of computing on two cores,"
-        f" {overhead:.3f} s of overhead for each"
-    )
-    assert overhead < 0.5
-
-    few = [f"{BARYCENTERS}/class{c}.npz" for c in (0, 1, 999)]
-    single = cluster.run(
-        thousand,
-        *few,
-        "--allowed-rules",
-        "compute_barycenter",
-        *CPU_ONLY,
-        presets=overlay(thousand, MANY.format(1)),
-    )
-    assert single.wait() == 0, single.told
-    assert len(single.jobs()) == 3
-    for path, block, row in zip(few, (0, 0, 19), (0, 1, 49), strict=True):
-        alone, among = np.load(thousand / path), np.load(thousand / targets[block])
-        assert np.array_equal(alone["support"][0], among["support"][row])
-        assert np.array_equal(alone["weights"][0], among["weights"][row])
+def test_a_changed_lambda_submits_what_depends_on_it(changed_lambda):
+    assert changed_lambda.wait() == 0, changed_lambda.told
+    jobs = changed_lambda.jobs()
+    assert rules_of(jobs) == ["gather_images", *["recover_images"] * 3, "relabel_images"]
+    assert not [job for job in jobs if "sre2l" in job["Comment"]]
 
 
 # ---- the smoke preset by the profile as it is ------------------------------------------------
 
 
-def test_slurm_gives_the_same_bytes_as_two_cores(smoke_run, smoke):
-    assert smoke_run.wait(1800) == 0, smoke_run.told
-    assert fingerprint(smoke_run.directory) == fingerprint(smoke)
-    assert set(states(smoke_run.jobs())) == {"COMPLETED"}
-
-
-def test_gpu_jobs_never_run_at_once_and_cpu_jobs_fill_in(smoke_run):
-    smoke_run.wait(1800)
-
-    def span(job: dict) -> tuple[float, float]:
-        return tuple(
-            time.mktime(time.strptime(job[key], "%Y-%m-%dT%H:%M:%S")) for key in ("StartTime", "EndTime")
-        )
-
-    with_gpu = [job for job in smoke_run.jobs() if "gres:gpu" in job.get("TresPerJob", "")]
-    without = [job for job in smoke_run.jobs() if job not in with_gpu]
-    wanted = {
-        "pretrain_teacher",
-        "extract_features",
-        "recover_images",
-        "relabel_images",
-        "evaluate_student",
-        "evaluate_all_real",
-    }
-    assert set(rules_of(with_gpu)) == wanted and not wanted & set(rules_of(without))
-    spans = sorted(span(job) for job in with_gpu)
+def assert_gpu_jobs_take_turns(jobs: list[dict]) -> None:
+    """Jobs that use the one GPU follow one another; others run beside them."""
+    with_gpu = [job for job in jobs if "gres:gpu" in job.get("TresPerJob", "")]
+    without = [job for job in jobs if job not in with_gpu]
+    assert set(rules_of(with_gpu)) == WITH_GPU and not WITH_GPU & set(rules_of(without))
+    spans = sorted(map(span, with_gpu))
     for (_, end), (start, _) in itertools.pairwise(spans):
         assert end <= start, f"two GPU jobs at once: one ended at {end}, another began at {start}"
-    beside = [
-        job for job in without if any(span(job)[0] < end and start < span(job)[1] for start, end in spans)
-    ]
-    assert beside
+    assert any(overlap(span(job), other) for job in without for other in spans)
+
+
+def span(job: dict) -> tuple[float, float]:
+    """When a job began and ended, in seconds since the epoch."""
+    return tuple(
+        time.mktime(time.strptime(job[key], "%Y-%m-%dT%H:%M:%S")) for key in ("StartTime", "EndTime")
+    )
+
+
+def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def test_slurm_gives_the_same_bytes_as_two_cores(part_of_smoke, smoke):
+    assert part_of_smoke.wait() == 0, part_of_smoke.told
+    assert set(states(part_of_smoke.jobs())) == {"COMPLETED"}
+    made = fingerprint(part_of_smoke.directory)
+    assert {target.removeprefix("results/smoke/") for target in PART} <= made.keys()
+    assert made.items() <= fingerprint(smoke).items()
+
+
+def test_gpu_jobs_never_run_at_once_and_cpu_jobs_fill_in(part_of_smoke):
+    assert part_of_smoke.wait() == 0, part_of_smoke.told
+    assert_gpu_jobs_take_turns(part_of_smoke.jobs())
+
+
+def test_large_the_whole_smoke_preset(cluster, smoke, tmp_path):
+    run = cluster.run(tmp_path / "whole")
+    assert run.wait() == 0, run.told
+    assert set(states(run.jobs())) == {"COMPLETED"}
+    assert fingerprint(run.directory) == fingerprint(smoke)
+    assert_gpu_jobs_take_turns(run.jobs())
+
+
+# ---- many classes ----------------------------------------------------------------------------
+
+MANY = """
+datasets: {{many: {{source: imagefolder, classes: {}, resolution: 8, teacher: convnet}}}}
+classes_per_job: {}
+"""
+BARYCENTERS = "results/smoke/many/barycenters/convnet/learned/ipc2"
+
+
+def begin_barycenters(cluster: Cluster, directory: Path, classes: int, blocks: list[range]) -> Run:
+    """Barycenters of these blocks, of equally many classes, of features of `classes` classes."""
+    folder = directory / "results/smoke/many/features/convnet"
+    folder.mkdir(parents=True, exist_ok=True)
+    features = np.random.default_rng(0).standard_normal((20 * classes, 16), dtype=np.float32)
+    np.save(folder / "features.npy", features)
+    offsets = list(range(0, len(features) + 1, 20))
+    index = {
+        "offsets": offsets,
+        "dimension": 16,
+        "header": {"rule": "extract_features", "lineage": {}},
+    }
+    (folder / "index.json").write_text(json.dumps(index))
+    return cluster.run(
+        directory,
+        *map(barycenter_of, blocks),
+        "--allowed-rules",
+        "compute_barycenter",
+        *CPU_ONLY,
+        presets=overlay(directory, MANY.format(classes, len(blocks[0]))),
+    )
+
+
+def barycenter_of(block: range) -> str:
+    """The file of a block of classes."""
+    last = f"-{block[-1]}" if len(block) > 1 else ""
+    return f"{BARYCENTERS}/class{block[0]}{last}.npz"
+
+
+def blocks_of_fifty(classes: int) -> list[range]:
+    return [range(first, first + 50) for first in range(0, classes, 50)]
+
+
+@pytest.fixture(scope="session")
+def hundred(cluster, tmp_path_factory) -> tuple[Run, Run]:
+    """100 classes in blocks of 50, and two of them alone."""
+    folder, alone = tmp_path_factory.mktemp("blocks"), [range(1, 2), range(99, 100)]
+    return (
+        begin_barycenters(cluster, folder / "fifty", 100, blocks_of_fifty(100)),
+        begin_barycenters(cluster, folder / "one", 100, alone),
+    )
+
+
+def test_blocks_of_classes_give_the_bytes_of_a_job_per_class(hundred):
+    for run in hundred:
+        assert run.wait() == 0, run.told
+        assert rules_of(run.jobs()) == ["compute_barycenter"] * 2
+    fifty, one = (run.directory for run in hundred)
+    for block, member in zip(blocks_of_fifty(100), (1, 99), strict=True):
+        alone = np.load(one / barycenter_of(range(member, member + 1)))
+        among = np.load(fifty / barycenter_of(block))
+        for name in ("support", "weights"):
+            assert np.array_equal(alone[name][0], among[name][member - block[0]])
+
+
+def test_large_a_thousand_classes(cluster, tmp_path, record_property):
+    began = time.monotonic()
+    run = begin_barycenters(cluster, tmp_path / "thousand", 1000, blocks_of_fifty(1000))
+    assert run.wait() == 0, run.told
+    wall = time.monotonic() - began
+    assert rules_of(run.jobs()) == ["compute_barycenter"] * 20
+    logs = (run.directory / "results/smoke/logs/compute_barycenter").rglob("*.log")
+    seconds = [float(s) for log in logs for s in re.findall(r", ([\d.]+) s$", log.read_text(), re.MULTILINE)]
+    assert len(seconds) == 1000
+    overhead = (wall - sum(seconds) / os.cpu_count()) / 1000
+    record_property("overhead_per_class", overhead)
+    print(
+        f"1,000 classes: {wall:.0f} s of wall time, {sum(seconds):.0f} s of computing"
+        f" on {os.cpu_count()} cores, {overhead:.3f} s of overhead for each class"
+    )
+    assert overhead < 0.5
+
+
+# ---- timing ----------------------------------------------------------------------------------
+
+
+def test_large_timed_methods_have_the_node_to_themselves(cluster, done):
+    presets = overlay(done, "figures: {efficiency: {iterations: 5, projected_iterations: 10}}")
+    table = "results/smoke/report/tables/efficiency.csv"
+    others = [f"results/smoke/digits/barycenters/convnet/learned/ipc3/class{c}.npz" for c in range(3)]
+    run = cluster.run(done, table, *others, presets=presets)
+    assert run.wait() == 0, run.told
+    assert rules_of(run.jobs()) == [*["compute_barycenter"] * 3, "measure_efficiency"]
+    timed = span(*of_rule(run.jobs(), "measure_efficiency"))
+    for job in of_rule(run.jobs(), "compute_barycenter"):
+        assert not overlap(timed, span(job)), job["Comment"]
