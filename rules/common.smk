@@ -163,10 +163,10 @@ PRECISE = (
 
 def settings_for(function):
     """Register `function` as the settings of the rule it is named after."""
-    rule = function.__name__.removesuffix("_settings")
-    chosen = rule in PRECISE and config.get("precision", "auto") != "auto"
+    made_by = function.__name__.removesuffix("_settings")
+    chosen = made_by in PRECISE and config.get("precision", "auto") != "auto"
     precision = pick(config, "precision") if chosen else {}
-    SETTINGS[rule] = lambda w: {**function(w), **precision}
+    SETTINGS[made_by] = lambda w: {**function(w), **precision}
     return function
 
 
