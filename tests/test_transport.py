@@ -1,7 +1,12 @@
 """Exact transport and the simplex projection against closed forms, SciPy and finite differences."""
 
+import subprocess
+import sys
+
 import numpy as np
+import ot
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
@@ -93,3 +98,19 @@ def test_projection_of_a_far_vector_still_sums_to_one(scale):
 def test_projection_refuses_a_floor_that_does_not_fit():
     with pytest.raises(ValueError, match="more than 1"):
         project_onto_simplex(np.zeros(4), 0.3)
+
+
+def test_one_atom_is_solved_without_the_solver():
+    """The only plan and the duals that POT finds, up to a constant; and no import of POT."""
+    generator = np.random.default_rng(0)
+    b, cost = generator.dirichlet(np.ones(7)), generator.random((1, 7))
+    own = solve_transport(np.ones(1), b, cost)
+    plan, log = ot.lp.emd(np.ones(1), b, cost, log=True)
+    np.testing.assert_allclose(own.plan, plan, atol=1e-12)
+    assert own.value == pytest.approx(log["cost"], rel=1e-12)
+    np.testing.assert_allclose(own.potentials_b + own.potentials_a, log["v"] + log["u"], atol=1e-12)
+    code = (
+        "import sys, numpy as np; from wmdd_core.transport import solve_transport;"
+        "solve_transport(np.ones(1), np.ones(2) / 2, np.ones((1, 2))); sys.exit('ot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -47,6 +47,8 @@ def solve_transport(a: np.ndarray, b: np.ndarray, cost: np.ndarray) -> Transport
 
     Raises `UserError` if the solver stops before the optimum.
     """
+    if len(a) == 1:  # one plan is possible; importing POT would take longer than the rest of such a job
+        return Transport(b[None], float(cost[0] @ b), np.zeros(1), cost[0])
     import ot
 
     with warnings.catch_warnings():
