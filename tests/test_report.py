@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import html.parser
 import io
 import re
@@ -19,6 +18,7 @@ from wmdd_core.errors import UserError
 from workflow_scripts import build_page, plot_accuracy, plot_gallery, tabulate_accuracy
 from workflow_scripts.drawing import COLOURS, base_name, colour_of, line_styles, new_figure, save
 from workflow_scripts.job import Job
+from workflow_scripts.plain_tables import as_markdown, write_table
 from workflow_scripts.tabulate_accuracy import as_latex, fold, pivot, read_rows
 
 REPORT = Path(__file__).parent.parent / "report"
@@ -424,7 +424,10 @@ def page(tmp_path) -> tuple[str, Resources]:
         make_cell(method="all_real", ipc="all", recipe="own"),
     ]
     Results(tmp_path, cells).tabulate()
-    (tmp_path / "cost.csv").write_text("method,seconds,note\nwmdd,1.5,<b>bold</b>\nsre2l,,\n")
+    rows = [{"method": "wmdd", "seconds": "1.5"}, {"method": "sre2l", "seconds": ""}]
+    shown = [["method", "seconds", "note"], ["wmdd", "1.5", "<b>bold</b>"], ["sre2l", "", ""]]
+    files = {f: tmp_path / f"cost.{f}" for f in ("csv", "md", "tex")}
+    write_table(files, rows, shown, "Cost", ["Measured & written."])
     figure = new_figure(1, 1)
     save(figure, {k: str(tmp_path / f"curve.{k}") for k in ("png", "pdf")})
     items = [
@@ -470,7 +473,8 @@ def test_page_holds_every_item_with_its_command_and_files(page):
         assert f"snakemake --cores 2 {name}</code>" in text
     for file in ("main.csv", "main.md", "main.tex", "cost.csv", "curve.png", "curve.pdf"):
         assert f'href="{file}"' in text
-    assert 'href="cost.md"' not in text  # there is none
+    assert 'href="curve.csv"' not in text  # there is none
+    assert '<p class="note">Measured &amp; written.</p>' in text
     assert "Table 1" in text and "Table 2" in text and "Figure 1" in text
     assert "&#34;seed&#34;: 7" in text
     assert "Cost &amp; time" in text
@@ -498,9 +502,13 @@ def test_figure_on_the_page_is_the_figure(page, tmp_path):
     assert Image.open(io.BytesIO(content)).size == (200, 200)
 
 
-def test_long_tables_say_how_much_is_left_out():
-    rows = list(csv.DictReader(["a,b", *(f"{i},{i / 2}" for i in range(100))]))
-    table = build_page.plain_table(rows)
-    assert len(table["groups"][0]["rows"]) == build_page.ROWS_SHOWN
-    assert table["note"] == f"{100 - build_page.ROWS_SHOWN} more rows are in the data file."
-    assert table["columns"][0]["numeric"]
+def test_a_plain_table_reads_as_it_was_written():
+    shown = [["Method", "Seconds", "Note"], ["a | b", "1.5 ± 0.1", "x"], ["c", "", "y"]]
+    table = build_page.plain_table(as_markdown(shown, "Cost", ["On a machine.", "In one run."]))
+    assert [c["text"] for c in table["columns"]] == ["Seconds", "Note"]
+    assert [c["numeric"] for c in table["columns"]] == [True, False]
+    rows = table["groups"][0]["rows"]
+    assert [r["stub"] for r in rows] == [["a | b"], ["c"]]
+    assert [[c["text"] for c in r["cells"]] for r in rows] == [["1.5 ± 0.1", "x"], ["–", "y"]]
+    assert rows[1]["cells"][0]["missing"]
+    assert table["notes"] == ["On a machine.", "In one run."]

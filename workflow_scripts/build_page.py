@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import platform
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -29,9 +30,6 @@ from workflow_scripts.tabulate_accuracy import (
 )
 
 TITLES = {"index": "WMDD results", "paper": "WMDD: the paper's tables and figures"}
-ROWS_SHOWN = 60
-"""Longest table printed whole; of a longer one the page shows the beginning."""
-
 PIXEL_RATIO = 2
 """Figures are drawn at twice the pixels that they take on a screen of ordinary density."""
 
@@ -98,36 +96,32 @@ def accuracy_table(rows: Sequence[Row], labels: Mapping, swept: Mapping) -> dict
             {"text": t, "numeric": True, "aligned": n in aligned} for n, t in enumerate(folded.columns)
         ],
         "groups": groups,
-        "note": describe(rows, labels),
+        "notes": [describe(rows, labels)],
     }
 
 
-def plain_table(rows: Sequence[Row]) -> dict:
-    """Any other CSV: its columns and lines as they stand, an empty field as missing."""
-    if not rows:
-        return {"stub": [], "spans": [], "columns": [], "groups": [], "note": "The table is empty."}
-    first, *others = rows[0]
-    numeric = {k: all(is_number(r[k]) for r in rows) for k in others}
+def plain_table(text: str) -> dict:
+    """Any other table and its notes, from the Markdown that `plain_tables.write_table` writes."""
+    blocks = text.strip().split("\n\n")
+    (table,) = (b for b in blocks if b.startswith("| "))
+    head, rule, *lines = (
+        [field.replace("\\|", "|") for field in re.split(r" (?<!\\)\| ", line[2:-2])]
+        for line in table.splitlines()
+    )
+    numeric = [r.endswith(":") for r in rule]
     shown = [
-        {"stub": [r[first]], "cells": [cell(r[k] or MISSING, numeric=numeric[k]) for k in others]}
-        for r in rows[:ROWS_SHOWN]
+        {"stub": line[:1], "cells": [cell(t, numeric=n) for t, n in zip(line[1:], numeric[1:], strict=True)]}
+        for line in lines
     ]
-    hidden = len(rows) - len(shown)
     return {
-        "stub": [heading(first)],
+        "stub": head[:1],
         "spans": [],
-        "columns": [{"text": heading(k), "numeric": numeric[k], "aligned": False} for k in others],
+        "columns": [
+            {"text": t, "numeric": n, "aligned": False} for t, n in zip(head[1:], numeric[1:], strict=True)
+        ],
         "groups": [{"title": "", "rows": shown}],
-        "note": f"{hidden} more rows are in the data file." if hidden else "",
+        "notes": [b for b in blocks if not b.startswith(("# ", "| "))],
     }
-
-
-def is_number(text: str) -> bool:
-    """Whether a field is a number, with a deviation or not, or empty."""
-    try:
-        return not text or all(float(part) is not None for part in text.replace("±", " ").split())
-    except ValueError:
-        return False
 
 
 def heading(name: str) -> str:
@@ -173,8 +167,9 @@ def build_item(item: Mapping, path: str, page: str, config: Mapping) -> dict:
         default = CAPTIONS.get(config["figures"].get(name, {}).get("kind"), "")
         return {**shown, "caption": shown["caption"] or default, "image": image_of(path)}
     rows = read_rows(path)
-    accuracy = bool(rows) and set(COLUMNS) <= set(rows[0])
-    return {**shown, "table": accuracy_table(rows, *labels_of(config)) if accuracy else plain_table(rows)}
+    if rows and set(COLUMNS) <= set(rows[0]):
+        return {**shown, "table": accuracy_table(rows, *labels_of(config))}
+    return {**shown, "table": plain_table(Path(path).with_suffix(".md").read_text(encoding="utf-8"))}
 
 
 def numbered(items: Iterable[dict]) -> list[dict]:
