@@ -368,23 +368,18 @@ def plot_sweep_settings(w):
 
 
 def gallery_input(w):
-    figure = figure_of(w)
-    (dataset,) = figure["datasets"]
-    sets = {
-        "images": [
-            DISTILLED.format(dataset=dataset, method=m, ipc=i)
-            for i in figure["ipc"]
-            for m in expand_methods(figure["methods"])
-        ],
+    dataset = single(w, "datasets")
+    files = {
+        "images": [DISTILLED.format(**place) for place in figure_sets(w)],
         "description": DESCRIPTION.format(dataset=dataset),
     }
     train = real_images(SimpleNamespace(dataset=dataset))
-    return {**sets, **({"train": train} if train else {})}
+    return {**files, **({"train": train} if train else {})}
 
 
 @settings_for
 def plot_gallery_settings(w):
-    return {"figure": figure_of(w), "labels": appearance()}
+    return {"figure": figure_of(w), "labels": appearance(), "expected": expected_sets(w)}
 
 
 # ---- tables ----------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_exported_set_describes_itself_and_its_pngs_equal_its_tensors(smoke):
     assert header["classes"] == [str(c) for c in range(10)]
     for key in ("mean", "std", "value_range", "images_per_class", "method", "versions", "lineage", "commit"):
         assert header[key], key
-    assert header["method"]["seed"] == 0 and header["method"]["lambda_bn"] == 10
+    assert header["method"]["seed"] == 0 and header["method"]["lambda_bn"] == 30
     sums = torch.zeros(10).index_add_(0, tensors["labels"], tensors["weights"])
     torch.testing.assert_close(sums, torch.ones(10))
     assert (tensors["weights"] > 0).all()
