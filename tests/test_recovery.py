@@ -28,6 +28,7 @@ from wmdd_core.recovery import (
     recover_images,
 )
 from wmdd_core.seeding import torch_generator
+from workflow_scripts.job import precision
 
 CLASSES, RESOLUTION, IPC = 5, 8, 3
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
@@ -636,6 +637,43 @@ def test_a_recovery_resumes_on_a_gpu(tmp_path):
         on_gpu(Interrupted(tmp_path / "state.pt", 5))
     found = on_gpu(Interrupted(tmp_path / "state.pt", -1))
     torch.testing.assert_close(found.losses["bn_loss"], on_gpu(None).losses["bn_loss"], rtol=1e-2, atol=1e-3)
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "tolerance"),
+    [
+        ("cpu", "bfloat16", 0.05),
+        pytest.param("cuda", "float32", 0.005, marks=GPU),
+        pytest.param("cuda", "bfloat16", 0.05, marks=GPU),
+    ],
+)
+def test_devices_and_precisions_agree(device, name, tolerance):
+    """Losses of each step within the tolerance of those in float32 on the CPU; statistics in float32."""
+    shard, settings = shard_of([0, 2, 4]), settings_of(learning_rate=0.02)
+    wanted = recover(shard, settings)
+    found = recover_images(
+        copy.deepcopy(TEACHER).to(device),
+        shard,
+        settings,
+        resolution=RESOLUTION,
+        mean=MEAN,
+        std=STD,
+        seed_names=SEED,
+        device=torch.device(device),
+        precision=precision({"precision": name}, torch.device(device)),
+    )
+    assert found.images.dtype == torch.float32
+    for term, losses in wanted.losses.items():
+        assert found.losses[term].dtype == torch.float32
+        torch.testing.assert_close(found.losses[term].sum(1), losses.sum(1), rtol=tolerance, atol=0)
+    assert not torch.equal(found.images, wanted.images)  # otherwise nothing was compared
+    drift = (found.images - wanted.images).norm() / (
+        wanted.images - initial_noise(shard, RESOLUTION, SEED)
+    ).norm()
+    assert drift < 10 * tolerance
 
 
 # ---- bad input ---------------------------------------------------------------------------------
