@@ -8,6 +8,7 @@ were labelled; batch size and order are free on both sides.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,7 @@ def label_views(
     *,
     teacher_mode: str = "eval",
     batch_size: int = 100,
+    precision: AbstractContextManager | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Fill `labels` (epochs, M, classes) float16 with the teacher's logits on each epoch's views.
@@ -72,7 +74,9 @@ def label_views(
     for epoch in range(first, len(labels)):
         views = settings.views(epoch, len(images), images.shape[-1])
         for chosen in torch.arange(len(images)).split(batch_size):
-            logits = teacher(view_batch(images, views, chosen, mean, std))
+            inputs = view_batch(images, views, chosen, mean, std)
+            with precision or nullcontext():
+                logits = teacher(inputs)
             labels[epoch, chosen.numpy()] = logits.half().cpu().numpy()
         if progress:
             progress.step(epoch, len(labels), lambda: _flushed(labels, {"epochs": epoch + 1}), dict)  # noqa: B023

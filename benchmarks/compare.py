@@ -1,0 +1,233 @@
+"""Two sides of a stage in processes of their own: do they agree, how long do they take, what do they hold?"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+SIDES = ("ours", "plain")
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "POT")
+
+TOLERANCES = {
+    # ‖ours − plain‖ / ‖plain‖ of every array that a side's check gives.
+    "features": 1e-4,
+    "recover": 2e-2,
+    "relabel": 2e-3,
+    "evaluate": 2e-2,
+}
+BFLOAT16_TOLERANCE = 0.35
+"""bfloat16 keeps 8 bits, and Adam's first step goes by a gradient's sign."""
+
+COLUMNS = ("Stage", "Work", "Ours (s)", "Plain (s)", "Ratio", "Target", "Peak memory (MiB)", "Agreement")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Seconds of each repeat, peak bytes and other figures by side; by how much their results differ."""
+
+    stage: str
+    sizes: dict
+    device: str
+    seconds: dict[str, list[float]]
+    peak: dict[str, int]
+    figures: dict[str, dict[str, float]]
+    differences: dict[str, float]
+    target: float | None = None
+    origin: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Median seconds of ours over those of the plain side."""
+        return statistics.median(self.seconds["ours"]) / statistics.median(self.seconds["plain"])
+
+
+class Disagreement(Exception):
+    """The sides did not do the same work, so their times say nothing."""
+
+
+def compare(
+    stage: str,
+    sizes: Mapping,
+    *,
+    device: str = "cpu",
+    threads: int = 2,
+    repeats: int = 3,
+    target: float | None = None,
+) -> Compared:
+    """Check that both sides of `stage` agree, then time them in turn, `repeats` times each.
+
+    The check is each side's warm-up. Raises `Disagreement` if the results differ by more than the stage's
+    tolerance, or for a barycenter if ours is worse than it must be.
+    """
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    figures: dict[str, dict[str, float]] = {}
+    # Read when a process starts, before NumPy or PyTorch count the cores for themselves.
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)))
+    with tempfile.TemporaryDirectory(prefix="wmdd-bench-") as folder:
+        pools = {s: ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for s in SIDES}
+        try:
+            for side, pool in pools.items():
+                pool.submit(_prepare, stage, side, device, folder, dict(sizes)).result()
+            checked = {side: pool.submit(_check).result() for side, pool in pools.items()}
+            differences = check_agreement(stage, sizes, checked["ours"], checked["plain"])
+            for _ in range(repeats):
+                for side, pool in pools.items():
+                    taken, figures[side] = pool.submit(_run, device).result()
+                    seconds[side].append(taken)
+            peak = {side: pool.submit(_peak, device).result() for side, pool in pools.items()}
+        finally:
+            for pool in pools.values():
+                pool.shutdown()
+    return Compared(
+        stage, dict(sizes), device, seconds, peak, figures, differences, target, describe_origin(threads)
+    )
+
+
+_work = None
+"""This process's side."""
+
+
+def _prepare(stage: str, side: str, device: str, folder: str, sizes: dict) -> None:
+    global _work
+    from benchmarks import stages
+
+    if side == "ours":  # as every job of the workflow does
+        from workflow_scripts.job import keep_freed_memory
+
+        keep_freed_memory()
+    _work = getattr(stages, stage)(side, device, Path(folder), **sizes)
+
+
+def _check() -> dict[str, np.ndarray]:
+    return _work.check()
+
+
+def _run(device: str) -> tuple[float, dict[str, float]]:
+    _wait(device)
+    start = time.perf_counter()
+    figures = _work.run()
+    _wait(device)
+    return time.perf_counter() - start, figures
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _peak(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    (line,) = (v for v in Path("/proc/self/status").read_text().splitlines() if v.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def check_agreement(stage: str, sizes: Mapping, ours: Mapping, plain: Mapping) -> dict[str, float]:
+    """By how much the results differ; raises `Disagreement` where that is too much."""
+    if stage == "barycenter":
+        above = float(ours["w2_squared"] / plain["w2_squared"] - 1)
+        against = float(ours["w2_squared"] / plain["free_support"] - 1)
+        if above > 0.02 or against > 0:
+            raise Disagreement(
+                f"barycenter: W2² is {above:+.2%} above ten k-means runs,"
+                f" {against:+.2%} above POT's free support"
+            )
+        return {"above k-means": above, "above free support": against}
+    tolerance = BFLOAT16_TOLERANCE if sizes.get("bfloat16") else TOLERANCES[stage]
+    found = {}
+    for name, wanted in plain.items():
+        difference = np.linalg.norm(np.float64(ours[name]) - wanted) / np.linalg.norm(np.float64(wanted))
+        found[name] = float(difference)
+        if not difference <= tolerance:
+            raise Disagreement(f"{stage}: {name} differ by {difference:.2g} relative, more than {tolerance}")
+    return {"largest relative difference": max(found.values())}
+
+
+def describe_origin(threads: int) -> dict[str, str]:
+    """Machine, versions, date and commit."""
+    from wmdd_core.timing import processor_name
+
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    versions = [f"{name} {version(name)}" for name in PACKAGES]
+    return {
+        "machine": f"{processor_name()}, {threads} threads, {platform.system()} {platform.release()}",
+        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+        "date": date.today().isoformat(),
+        "commit": git.stdout.strip() or "unknown",
+        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+    }
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, compared: Sequence[Compared]) -> None:
+    """All figures, every repeat of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([{**asdict(c), "ratio": c.ratio} for c in compared], indent=1) + "\n")
+
+
+def spread(seconds: Sequence[float]) -> str:
+    """Median and range.
+
+    >>> spread([1.0, 3.0, 2.0])
+    '2.00 (1.00–3.00)'
+    """
+    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f}–{max(seconds):.2f})"
+
+
+def build_lines(compared: Sequence[Compared]) -> list[list[str]]:
+    """The table, its head first."""
+    lines = [list(COLUMNS)]
+    for c in compared:
+        work = ", ".join(f"{key} {value}" for key, value in c.sizes.items() if key != "root")
+        memory = " / ".join(f"{c.peak[side] / 2**20:.0f}" for side in SIDES)
+        agreement = ", ".join(f"{name} {value:.1e}" for name, value in c.differences.items())
+        times = [spread(c.seconds[side]) for side in SIDES]
+        target = "" if c.target is None else f"≤ {c.target:g}"
+        lines.append([c.stage, work, *times, f"{c.ratio:.2f}", target, memory, agreement])
+    return lines
+
+
+def as_markdown(lines: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """A pipe table and what stands under it."""
+    head, *rows = ["| " + " | ".join(line) + " |" for line in lines]
+    return (
+        "\n".join([head, "|" + " --- |" * len(lines[0]), *rows, *(t for n in notes for t in ("", n))]) + "\n"
+    )
+
+
+def notes_of(compared: Sequence[Compared]) -> list[str]:
+    """What the tables' figures are, and what else was counted."""
+    origin = compared[0].origin
+    notes = [
+        "Seconds: median (range) of the repeats, warm, in turn. Memory: ours / plain, a process each.",
+        f"`{origin['command']}`; {origin['date']}, commit {origin['commit']}, {origin['machine']}; "
+        f"{origin['versions']}.",
+    ]
+    for c in compared:
+        told = {s: ", ".join(f"{k} {v:,.6g}" for k, v in f.items()) for s, f in c.figures.items() if f}
+        if told:
+            notes.append(f"{c.stage}: " + "; ".join(f"{side} {text}" for side, text in told.items()) + ".")
+    return notes
