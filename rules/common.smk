@@ -152,6 +152,7 @@ SETTINGS = {}
 PRECISE = (
     "pretrain_teacher",
     "recover_images",
+    "relabel_images",
     "evaluate_student",
     "evaluate_all_real",
     "measure_efficiency",

@@ -205,9 +205,14 @@ def evaluate_student_input(w):
         "test": IMAGES.format(dataset=w.dataset, split="test"),
         "images": DISTILLED.format(dataset=w.dataset, method=w.method, ipc=w.ipc),
     }
-    if entry("recipes", w.recipe, w.dataset)["labels"] == "soft":
+    recipe = entry("recipes", w.recipe, w.dataset)
+    if recipe["labels"] == "soft":
         place = {"dataset": w.dataset, "recipe": w.recipe, "method": w.method, "ipc": w.ipc}
         files |= {"labels": LABELS.format(**place), "labels_header": LABELS_HEADER.format(**place)}
+    if recipe["labels"] == "online":
+        if recipe.get("teacher_mode", "eval") != "eval":
+            stop(f"recipes.{w.recipe}: labels: online goes with teacher_mode: eval")
+        files |= {"teacher": TEACHER.format(dataset=w.dataset, teacher=labeller_of(w))}
     return files
 
 
@@ -682,7 +687,10 @@ def measure_distances_input(w):
     if "student" in figure:
         files["train"] = real_images(SimpleNamespace(dataset=dataset))
         recipe = needed(w, "recipe")
-        if entry("recipes", recipe, dataset)["labels"] == "soft":
+        labels = entry("recipes", recipe, dataset)["labels"]
+        if labels == "online":
+            stop(f"figures.{w.figure}.recipe: {recipe} stores no labels; give one with labels: soft or hard")
+        if labels == "soft":
             files |= {
                 "labels": [LABELS.format(**s, recipe=recipe) for s in figure_sets(w)],
                 "labels_header": [LABELS_HEADER.format(**s, recipe=recipe) for s in figure_sets(w)],

@@ -92,6 +92,16 @@ def test_rounded_logits_of_the_students_view_are_the_stored_bits(teacher):
         assert torch.equal(teacher(inputs).half(), logits.half())
 
 
+def test_online_labels_are_the_stored_ones(teacher):
+    labels = labelled(teacher, batch_size=COUNT)
+    stored = soft_label_batches(IMAGES, WEIGHTS, labels, VIEWS, 4, MEAN, STD, ("s",))
+    online = soft_label_batches(IMAGES, WEIGHTS, teacher, VIEWS, 4, MEAN, STD, ("s",))
+    for epoch in range(EPOCHS):
+        for one, other in zip(stored(epoch), online(epoch), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+            assert not other[1].requires_grad
+
+
 @pytest.mark.parametrize("resolution", [16, 33, 64])
 def test_views_are_the_same_bits_in_any_batch_at_any_size(resolution):
     """Matrix products may take another path for another batch; then the student would see other pixels."""

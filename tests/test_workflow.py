@@ -122,6 +122,17 @@ def test_a_set_made_elsewhere_runs_through_labels_students_and_tables(smoke):
 # ---- what a change makes stale ---------------------------------------------------------------
 
 
+def test_online_labels_train_the_same_student_and_store_nothing(smoke, tmp_path):
+    own = Path(shutil.copytree(smoke, tmp_path / "own"))
+    target = "results/smoke/digits/evaluation/{}/wmdd/ipc2/convnet/seed0.json"
+    done = run_snakemake(own, "--cores", "1", target.format("online"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (own / "results/smoke/digits/labels/online").exists()
+    stored, online = (json.loads((own / target.format(r)).read_text()) for r in ("wmdd", "online"))
+    assert online["header"]["lineage"].keys() == stored["header"]["lineage"].keys() - {"relabel_images"}
+    assert online["train_loss"] == pytest.approx(stored["train_loss"], rel=1e-3)
+
+
 def rules_and_methods(messages: set[str]) -> tuple[set[str], set[str]]:
     """First words of the messages, and the methods that they name."""
     methods = {m for m in ("all_real", "random", "sre2l", "wmdd") for t in messages if f" {m} " in f"{t} "}

@@ -91,24 +91,31 @@ def _flushed(array: np.ndarray, state: dict) -> dict:
 def soft_label_batches(
     images: Tensor,
     weights: Tensor,
-    labels: np.ndarray,
+    labels: np.ndarray | Classifier,
     settings: ViewSettings,
     batch_size: int,
     mean: Tensor,
     std: Tensor,
     seed_names: tuple,
+    precision: AbstractContextManager | None = None,
 ) -> Callable[[int], Iterator[tuple[Tensor, Tensor, Tensor]]]:
     """Epochs of (views, teacher logits, weights) of distilled images, uint8 (M, 3, R, R), shuffled by seed.
 
-    `weights` (M,) average 1; the views are those that `label_views` labelled.
+    `weights` (M,) average 1; the views are those that `label_views` labelled. `labels` are its array, or the
+    frozen teacher, which then labels each view as it comes: the same labels but for rounding, nothing stored.
     """
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         views = settings.views(epoch, len(images), images.shape[-1])
-        logits = torch.from_numpy(np.array(labels[epoch])).float()
+        stored = torch.from_numpy(np.array(labels[epoch])) if isinstance(labels, np.ndarray) else None
         for chosen in shuffled(len(images), batch_size, seed_names, epoch):
             inputs = view_batch(images, views, chosen, mean, std)
-            yield inputs, logits[chosen].to(inputs.device), weights[chosen].to(inputs.device)
+            if stored is not None:
+                logits = stored[chosen].to(inputs.device)
+            else:
+                with torch.no_grad(), precision or nullcontext():
+                    logits = labels(inputs).half()
+            yield inputs, logits.float(), weights[chosen].to(inputs.device)
 
     return batches
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wmdd_core.artifacts import read_json, read_tensors, write_json
-from wmdd_core.models import Classifier, build_model
+from wmdd_core.models import Classifier, build_model, freeze
 from wmdd_core.progress import Progress
 from wmdd_core.relabeling import (
     ViewSettings,
@@ -20,13 +20,19 @@ from wmdd_core.seeding import derive_seed
 from wmdd_core.training import Curve, accuracy, fit, test_batches
 from workflow_scripts.job import Job, precision, run
 from workflow_scripts.pretrain_teacher import network_of, schedule_of
-from workflow_scripts.real_images import normalisation, open_images, read_description, resident
+from workflow_scripts.real_images import (
+    load_teacher,
+    normalisation,
+    open_images,
+    read_description,
+    resident,
+)
 
 
 def train_student(
     settings: Mapping,
     distilled: Mapping[str, Tensor],
-    soft_labels: str | None,
+    labeller: str | Classifier | None,
     description: Mapping,
     seed: str,
     device: torch.device,
@@ -35,7 +41,8 @@ def train_student(
     """A student trained by `settings["recipe"]`, and its learning curve.
 
     `distilled` has uint8 `images` (M, 3, R, R), `labels` (M,) and `weights` (M,), which sum to 1 in
-    each class; `soft_labels` is the path of their soft labels, or None where the recipe has hard ones.
+    each class. `labeller` is the path of their soft labels, the teacher that labels each view as it comes,
+    or None for hard labels.
     """
     recipe, mean, std = settings["recipe"], *normalisation(description)
     images, weights = distilled["images"].to(device), distilled["weights"]
@@ -48,12 +55,12 @@ def train_student(
         "std": std,
         "seed_names": names,
     }
-    if soft_labels is not None:
-        logits = np.load(soft_labels, mmap_mode="r")
-        batches = soft_label_batches(images, weights, logits, **common)
-        loss = soft_label_loss(recipe["temperature"])
-    else:
+    if labeller is None:
         batches, loss = hard_label_batches(images, weights, distilled["labels"], **common), mixed_label_loss
+    else:
+        logits = np.load(labeller, mmap_mode="r") if isinstance(labeller, str) else freeze(labeller)
+        batches = soft_label_batches(images, weights, logits, **common, precision=precision(settings, device))
+        loss = soft_label_loss(recipe["temperature"])
     student = build_model(**network_of(settings["student"], description), seed=derive_seed(*names)).to(device)
     curve = fit(
         student,
@@ -70,11 +77,14 @@ def main(job: Job) -> None:
     device, description = job.device(), read_description(job)
     distilled, distilled_header = read_tensors(job.input["images"])
     inputs = [description["header"], distilled_header]
-    soft_labels = job.input.get("labels")
-    if soft_labels:
+    labeller = job.input.get("labels")
+    if labeller:
         inputs.append(read_json(job.input["labels_header"])["header"])
+    elif "teacher" in job.input:
+        labeller, teacher_header = load_teacher(job.input["teacher"], device)
+        inputs.append(teacher_header)
     progress, seed = job.progress(inputs), job.wildcards["seed"]
-    student, curve = train_student(job.settings, distilled, soft_labels, description, seed, device, progress)
+    student, curve = train_student(job.settings, distilled, labeller, description, seed, device, progress)
     test, test_labels = resident(open_images(job, description, "test"), device)
     batches = test_batches(test, test_labels, *normalisation(description), device)
     tested = accuracy(student, batches, precision=precision(job.settings, device))
