@@ -49,3 +49,8 @@ PRESET ?= paper
 
 plan: install ## what is still to do for a preset: jobs, GPU hours, disk; PRESET=paper
 	$(BIN)/snakemake -n --quiet --configfile presets/$(PRESET).yaml
+
+.PHONY: bench
+
+bench: install ## every stage against a plain reference, start-up, limits, scaling; half an hour on two cores
+	$(BIN)/python -m benchmarks features barycenter recover relabel evaluate startup limits scaling $(ARGS)
