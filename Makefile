@@ -11,12 +11,13 @@ demo: install ## distil the embedded digits and build results/report/index.html
 	@cat results/report/tables/main.md
 	@echo "The page: results/report/index.html"
 
-test: install-dev ## lint, formats and tests
+test: install-dev ## lint, formats and tests; says which are skipped, and why
+	tests/slurm/install.sh
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
-	$(BIN)/pytest -m "not slurm"
+	$(BIN)/pytest --deselect tests/slurm/test_slurm.py::test_large
 
 format: install-dev ## bring Python and Snakemake files into shape
 	$(BIN)/ruff check --fix .
@@ -37,7 +38,7 @@ $(VENV)/.installed-dev: requirements.txt requirements-dev.txt $(VENV)/.installed
 
 .PHONY: test-slurm status
 
-test-slurm: install-dev ## the tests on a Slurm that they start themselves; says why, where they are skipped
+test-slurm: install-dev ## all tests on a Slurm that they start themselves, the large ones too
 	tests/slurm/install.sh
 	$(BIN)/pytest tests/slurm
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Install Slurm and munge for the tests, where this machine lets us; say so and go on where it does not.
 set -uo pipefail
-if command -v slurmctld sbatch munged >/dev/null; then exit 0; fi
+PATH=$PATH:/usr/sbin
+if type slurmctld slurmd sbatch munged >/dev/null 2>&1; then exit 0; fi # of several, `command -v` wants only one
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     echo "Slurm is not installed, and installing it takes root and apt-get: its tests will be skipped" >&2
     exit 0
