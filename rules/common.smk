@@ -21,11 +21,13 @@ from rules.configuration import (
     resolve,
     unknown,
 )
+from rules.scheduling import repair_scheduler
 from wmdd_core.errors import UserError
 from wmdd_core.layouts import class_count
 from wmdd_core.sharding import shard_members, shard_total
 
 prepare_environment(workflow.basedir)
+repair_scheduler()
 
 # A graph of jobs only grows: looking through it for garbage would take a quarter of a large dry run.
 gc.set_threshold(1_000_000, 50, 50)
