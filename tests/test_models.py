@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from wmdd_core.errors import UserError
-from wmdd_core.models import ARCHITECTURES, batchnorm_layers, build_model, freeze, load_weights
+from wmdd_core.models import (
+    ARCHITECTURES,
+    batchnorm_layers,
+    build_model,
+    freeze,
+    load_weights,
+    patch_size,
+)
 from wmdd_core.seeding import torch_generator
 
 DIMENSION = {"resnet18": 512, "resnet50": 2048, "resnet101": 2048, "vit_tiny": 192, "vit_small": 384}
@@ -134,15 +141,20 @@ def test_what_cannot_be_built_is_told(arguments, message):
         build_model(*arguments, seed=0)
 
 
-@pytest.mark.parametrize("resolution", [28, 36, 97, 200])
-def test_a_vision_transformer_takes_any_resolution_or_says_why_not(resolution):
-    """28 pixels are MNIST's; patches that do not fill the image are an assertion deep in torchvision."""
-    try:
-        model = build_model("vit_tiny", 3, resolution, seed=0)
-    except UserError as error:
-        assert str(resolution) in str(error)  # noqa: PT017
-    else:
-        assert model.eval()(images(1, resolution)).shape == (1, 3)
+@pytest.mark.parametrize(
+    ("resolution", "patch"), [(8, 4), (16, 4), (28, 4), (32, 4), (36, 4), (64, 8), (224, 16), (200, 10)]
+)
+def test_patches_of_a_vision_transformer_fill_the_image(resolution, patch):
+    assert patch_size(resolution) == patch
+    model = build_model("vit_tiny", 3, resolution, seed=0)
+    assert model.eval()(images(1, resolution)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("resolution", [97, 163])
+def test_an_image_that_no_patch_fills_is_told(resolution):
+    """Deep in torchvision it is an assertion; a patch of one pixel would be thousands of tokens."""
+    with pytest.raises(UserError, match=f"divides a ViT's image of {resolution}; use a resolution"):
+        build_model("vit_tiny", 3, resolution, seed=0)
 
 
 # ---- loading -----------------------------------------------------------------------------------
@@ -196,7 +208,7 @@ def test_weights_of_torchvisions_transformer_are_accepted():
     from torchvision.models.vision_transformer import VisionTransformer
 
     theirs = VisionTransformer(
-        image_size=16, patch_size=2, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=5
+        image_size=16, patch_size=4, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=5
     )
     ours = build_model("vit_tiny", 5, 16, seed=0)
     nn.init.normal_(theirs.heads.head.weight, generator=torch_generator("head"))

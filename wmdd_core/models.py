@@ -99,26 +99,28 @@ def _resnet_trunk(architecture: str, resolution: int) -> tuple[nn.Module, int]:
 
 
 def patch_size(resolution: int) -> int:
-    """Side of a ViT's patches: 16 from 160 pixels on, as published; below, the largest divisor that
-    leaves about 8 × 8 patches and is at most 4 for the smallest images."""
-    if resolution >= 160:
-        return 16
-    return next(p for p in range(max(4, resolution // 8), 0, -1) if resolution % p == 0)
+    """Side of a ViT's patches in pixels: 16 from 160 pixels on, as published; below, an eighth of the image
+    and no less than 4; or the next smaller divisor of `resolution`, down to half of that.
+
+    Raises `UserError` where there is none.
+    """
+    wanted = 16 if resolution >= 160 else max(4, resolution // 8)
+    for patch in range(wanted, (wanted - 1) // 2, -1):
+        if resolution % patch == 0:
+            return patch
+    raise UserError(
+        f"no patch of {(wanted + 1) // 2} to {wanted} pixels divides a ViT's image of {resolution};"
+        f" use a resolution that is a multiple of {wanted}"
+    )
 
 
 def _vit_trunk(architecture: str, resolution: int) -> tuple[nn.Module, int]:
     from torchvision.models.vision_transformer import VisionTransformer
 
     heads = {"vit_tiny": 3, "vit_small": 6}[architecture]
-    patch = 16 if resolution >= 160 else max(1, resolution // 8)
-    if resolution % patch:
-        raise UserError(
-            f"{architecture} cannot cut {resolution} pixels into patches of {patch}; "
-            f"use a resolution that is a multiple of {16 if resolution >= 160 else 8}"
-        )
     network = VisionTransformer(
         image_size=resolution,
-        patch_size=patch,
+        patch_size=patch_size(resolution),
         num_layers=12,
         num_heads=heads,
         hidden_dim=64 * heads,
