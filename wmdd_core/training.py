@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from wmdd_core.augmentation import draw_crop, draw_views, normalise, view_batch
 from wmdd_core.errors import UserError
@@ -91,13 +93,19 @@ def fit(
     `batches(epoch)` yields (inputs, *targets), drawn from the epoch's number alone so that a resumed
     run sees what an uninterrupted one sees; `loss(logits, *targets)` gives a scalar. `test()` is
     called every `test_every` epochs (0: never) and only recorded, never used to choose anything.
+
+    In a process group every process trains its part of each batch (`part_of_batch`) and gradients are
+    averaged over the images of the whole batch: batch size, learning rate and number of steps stay as
+    configured, and the result is that of one process but for rounding. The first alone has `progress`.
     """
     optimizer = schedule.build_optimizer(model)
     curve, first = Curve(), 0
-    if progress and (state := progress.resume()):
+    if state := _from_first(progress.resume() if progress else None):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         curve, first = Curve(**state["curve"]), len(state["curve"]["epoch"])
+    parallel = dist.is_initialized()
+    network = DistributedDataParallel(model) if parallel else model
     for epoch in range(first, schedule.epochs):
         model.train()
         for group in optimizer.param_groups:
@@ -105,13 +113,15 @@ def fit(
         total, count = 0.0, 0
         for inputs, *targets in batches(epoch):
             with precision or nullcontext():
-                logits = model(inputs)
+                logits = network(inputs)
             batch_loss = loss(logits.float(), *targets)
             optimizer.zero_grad(set_to_none=True)
-            batch_loss.backward()
+            (batch_loss * _share_of_batch(inputs) if parallel else batch_loss).backward()
             optimizer.step()
             total, count = total + batch_loss.detach() * len(inputs), count + len(inputs)
-        mean = float(total) / count
+        if parallel:
+            total, count = _summed(torch.stack([total, total.new_tensor(count)]))
+        mean = float(total) / int(count)
         if not math.isfinite(mean):
             raise UserError(f"the training loss is {mean} in epoch {epoch + 1}; lower the learning rate")
         due = (
@@ -134,6 +144,39 @@ def fit(
     return curve
 
 
+def part_of_batch(batch: Tensor | list) -> Tensor | list:
+    """What this process trains on of a batch: all of it, or every n-th image of n processes."""
+    return batch[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else batch
+
+
+def trainable(size: int, total: int) -> bool:
+    """Whether a batch of `size` of `total` images is trained on.
+
+    BatchNorm has no variance in a batch of one, and no process may go without an image.
+    """
+    return total == 1 or size >= max(2, dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def _share_of_batch(inputs: Tensor) -> Tensor:
+    """Weight of this process's mean loss where losses are averaged over processes of unequal parts."""
+    mine = torch.tensor(float(len(inputs)), device=inputs.device)
+    return mine * dist.get_world_size() / _summed(mine.clone())
+
+
+def _summed(values: Tensor) -> Tensor:
+    """`values`, in place, added up over the processes."""
+    dist.all_reduce(values)
+    return values
+
+
+def _from_first(state: dict | None) -> dict | None:
+    """The first process's `state`, in every process."""
+    shared = [state]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    return shared[0]
+
+
 def real_batches(
     images: Tensor,
     labels: Tensor,
@@ -153,8 +196,9 @@ def real_batches(
         order = torch.randperm(len(images), generator=generator)
         views = draw_views(len(images), images.shape[-1], generator, crop_scale_min=crop_scale_min, flip=flip)
         for chosen in order.split(batch_size):
-            if len(chosen) > 1 or len(images) == 1:  # BatchNorm has no variance in a batch of one
-                yield view_batch(images, views, chosen, mean, std), labels[chosen].to(device)
+            if trainable(len(chosen), len(images)):
+                mine = part_of_batch(chosen)
+                yield view_batch(images, views, mine, mean, std), labels[mine].to(device)
 
     return batches
 
@@ -200,7 +244,7 @@ def file_batches(
         chosen = [[(epoch, i) for i in part.tolist()] for part in order.split(batch_size)]
         loader = torch.utils.data.DataLoader(
             crops,
-            batch_sampler=[part for part in chosen if len(part) > 1 or len(crops) == 1],
+            batch_sampler=[part_of_batch(part) for part in chosen if trainable(len(part), len(crops))],
             num_workers=workers if workers > 1 else 0,
             pin_memory=device.type == "cuda",
         )

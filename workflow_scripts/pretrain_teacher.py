@@ -1,9 +1,17 @@
-"""Squeeze: train a teacher on the real images (Table 6a of the paper), or load one."""
+"""Squeeze: train a teacher on the real images (Table 6a of the paper), or load one.
 
+With several GPUs (WMDD_GPUS) a process on each trains its part of every batch: see `fit`.
+"""
+
+import os
+import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from wmdd_core.artifacts import read_tensors, write_json, write_tensors, write_text
 from wmdd_core.errors import UserError
@@ -54,7 +62,67 @@ def load_published(model: Classifier, architecture: str, weights: str) -> None:
 
 
 def main(job: Job) -> None:
-    settings, device = job.settings, job.device()
+    gpus = int(os.environ.get("WMDD_GPUS", 1))
+    if gpus == 1 or "weights" in job.settings:
+        return train(job, job.device())
+    if gpus > job.settings["batch_size"]:
+        raise UserError(
+            f"batch_size: {job.settings['batch_size']} is below the number of GPUs, {gpus}; use fewer"
+        )
+    if job.device_name not in ("auto", "cpu"):
+        raise UserError(f"device: {job.device_name} is one GPU for {gpus} processes; set device: auto")
+    launch(job, gpus)
+
+
+def launch(job: Job, processes: int) -> None:
+    """Run `train_part` in this many processes of this machine with torchrun's launcher.
+
+    This process holds the job's lock meanwhile and uses no GPU.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="spawn",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, train_part)(replace(job, threads=max(1, job.threads // processes)))
+    except ChildFailedError as error:
+        told = error.get_first_failure()[1].message  # of an exception a mapping, of a signal text
+        name, _, text = told["message"].partition(": ") if isinstance(told, dict) else (told, "", "")
+        if name != UserError.__name__:
+            raise
+        raise UserError(text) from None
+
+
+def train_part(job: Job) -> None:
+    """One of the processes that train together."""
+    device = job.device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        train(job, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def normalised_together(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with BatchNorm over the whole batch instead of each process's part, as in one process."""
+    together = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if device.type == "cpu" and any(isinstance(m, nn.SyncBatchNorm) for m in together.modules()):
+        raise UserError("BatchNorm over several processes needs GPUs; train with one process on a CPU")
+    return together
+
+
+def train(job: Job, device: torch.device) -> None:
+    settings = job.settings
     description = read_description(job)
     test, test_labels = resident(open_images(job, description, "test"), device)
     mean, std = normalisation(description)
@@ -67,7 +135,14 @@ def main(job: Job) -> None:
         batches = test_batches(test, test_labels, mean, std, device)
         return accuracy(model, batches, precision=precision(settings, device))
 
-    progress = job.progress([description["header"]])
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    progress = job.progress([description["header"]]) if first else None
+    if dist.is_initialized():
+        model = normalised_together(model, device)
+        if first:
+            # SIGTERM ends the others at once, and with them the epoch; the state of the last one is saved.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            progress.save_every = 0
     if "weights" in settings:
         load_published(model, settings["architecture"], settings["weights"])
         curve = Curve()
@@ -83,6 +158,8 @@ def main(job: Job) -> None:
             progress=progress,
         )
     metrics = tested()
+    if not first:
+        return
     if curve.top1:
         curve.top1[-1] = metrics["top1"]
 
