@@ -17,7 +17,8 @@ test: install-dev ## lint, formats and tests; says which are skipped, and why
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
-	$(BIN)/pytest --deselect tests/slurm/test_slurm.py::test_large
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CORES) --dist loadgroup --no-loadscope-reorder \
+		--deselect tests/slurm/test_slurm.py::test_large
 
 format: install-dev ## bring Python and Snakemake files into shape
 	$(BIN)/ruff check --fix .
