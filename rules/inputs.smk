@@ -384,7 +384,13 @@ def gallery_input(w):
 
 @settings_for
 def plot_gallery_settings(w):
-    return {"figure": figure_of(w), "labels": appearance(), "expected": expected_sets(w)}
+    sets = expand_methods(figure_of(w)["methods"])
+    return {
+        "figure": figure_of(w),
+        "labels": appearance(),
+        "swept": {m: config["methods"][m]["swept"] for m in sets if "swept" in config["methods"][m]},
+        "expected": expected_sets(w),
+    }
 
 
 # ---- tables ----------------------------------------------------------------------------------

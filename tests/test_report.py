@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import io
+import json
 import re
 import statistics
 from pathlib import Path
@@ -331,7 +332,7 @@ def make_gallery(root: Path, data: int = 0, **figure) -> tuple[Job, np.ndarray]:
         paths.append(str(root / f"images{ipc}.safetensors"))
         write_tensors(paths[-1], tensors, make_header("gather_images", wildcards, {}, "", [made_from]))
     files = {"images": paths, "description": str(root / "description.json"), "train": str(root / "train.npy")}
-    settings = {"figure": {"kind": "gallery", **figure}, "labels": LABELS}
+    settings = {"figure": {"kind": "gallery", **figure}, "labels": LABELS, "swept": {}}
     return make_job("plot_gallery", files, figure_output(root), settings, figure="gallery"), real
 
 
@@ -357,6 +358,14 @@ def test_gallery_shows_the_stored_pixels_and_lists_them(tmp_path):
         )
         found = [(drawn[y : y + len(tile), x : x + len(tile)]) for y, x in starts]
         assert any(f.shape == tile.shape and np.array_equal(f, tile) for f in found), number
+
+
+def test_members_of_a_sweep_are_told_apart_by_their_value(tmp_path):
+    job, _ = make_gallery(tmp_path)
+    description = json.loads(Path(job.input["description"]).read_text())
+    job.settings["swept"] = {"wmdd": {"key": "lambda_bn", "value": 0.1}}
+    block = plot_gallery.distilled_block(job.input["images"][0], job, description, [0], 1)
+    assert block.title == "λ = 0.1"
 
 
 def test_gallery_is_the_same_twice(tmp_path):

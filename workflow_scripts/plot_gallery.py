@@ -18,7 +18,7 @@ from wmdd_core.errors import UserError
 from workflow_scripts.drawing import DPI, new_figure, save
 from workflow_scripts.job import Job, run
 from workflow_scripts.real_images import open_images, read_description
-from workflow_scripts.tabulate_accuracy import check_dataset, check_lineage, check_place, listed
+from workflow_scripts.tabulate_accuracy import SYMBOLS, check_dataset, check_lineage, check_place, listed
 
 CLASSES_SHOWN = 10
 IMAGES_SHOWN = 10
@@ -81,6 +81,8 @@ def distilled_block(path: str, job: Job, description: Mapping, classes: Sequence
         weights = tensors["weights"][rows].tolist()
         lines += [csv_line(method, ipc, c, description, i, f"{w:.6g}") for i, w in enumerate(weights)]
     label = job.settings["labels"]["methods"].get(method, method)
+    if swept := job.settings["swept"].get(method):
+        label = f"{SYMBOLS.get(swept['key'], swept['key'])} = {swept['value']:g}"
     return Block(label, f"{ipc} image{'s' * (ipc != '1')} per class", images, lines)
 
 
