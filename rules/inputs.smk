@@ -411,7 +411,8 @@ def item_file(name):
 
 def every_core(wildcards):
     """All cores, so that nothing else runs beside the job; on a cluster, those of its allocation."""
-    return workflow.cores if workflow.local_exec else 1
+    given = workflow.resource_settings.cores  # none for --report
+    return given if workflow.local_exec and given else 1
 
 
 def efficiency_methods(w):

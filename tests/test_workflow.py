@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,18 @@ def test_online_labels_train_the_same_student_and_store_nothing(smoke, tmp_path)
     stored, online = (json.loads((own / target.format(r)).read_text()) for r in ("wmdd", "online"))
     assert online["header"]["lineage"].keys() == stored["header"]["lineage"].keys() - {"relabel_images"}
     assert online["train_loss"] == pytest.approx(stored["train_loss"], rel=1e-3)
+
+
+def test_the_engines_own_report_needs_no_number_of_cores(smoke, tmp_path):
+    own = Path(shutil.copytree(smoke, tmp_path / "own"))
+    done = run_snakemake(own, "--report", str(tmp_path / "report.zip"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    held = {Path(name).name for name in zipfile.ZipFile(tmp_path / "report.zip").namelist()}
+    assert {"main.csv", "accuracy.png", "gallery.png", "index.html"} <= held
+    for suffix in ("csv", "md", "tex"):  # its threads are all cores there are
+        (own / f"results/smoke/report/tables/efficiency.{suffix}").touch()
+    done = run_snakemake(own, "efficiency", "--report", str(tmp_path / "other.zip"))
+    assert "set it with --cores" not in done.stdout + done.stderr
 
 
 def rules_and_methods(messages: set[str]) -> tuple[set[str], set[str]]:
