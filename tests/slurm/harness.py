@@ -263,12 +263,12 @@ class Run:
     ) -> None:
         directory.mkdir(exist_ok=True)
         self.directory, self.before = directory, {job["JobId"] for job in cluster.jobs(directory)}
-        self.cluster = cluster
+        self.cluster, self.presets = cluster, presets
         self.out = directory / f"run{len(cluster.runs)}.out"
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
         command += ["--configfile", *map(str, presets), "--profile", str(ROOT / "profiles/slurm")]
         # The profile as it is, but for waits that suit a quick and local cluster.
-        command += ["--slurm-init-seconds-before-status-checks", "3", "--latency-wait", "5"]
+        command += ["--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "5"]
         command += ["--jobs", str(jobs)]
         environment = {
             **os.environ,

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ WITH_GPU = {
     "evaluate_student",
     "evaluate_all_real",
 }
+LABELS = "results/smoke/digits/labels/wmdd/{}/ipc{}/labels.npy"
 TEACHER = "results/smoke/digits/teachers/{}/checkpoint.safetensors"
 CPU_ONLY = ("--set-resources", "describe_dataset:mem_mb=2000")
 """On the command line it takes the place of the profile's per-rule requests: no job asks for a GPU."""
@@ -54,26 +56,53 @@ def cluster():
         yield running
 
 
+# ---- what is begun ---------------------------------------------------------------------------
+#
+# Runs that stand for a scenario begin together, and tests wait for their ends: most of a job's time on a
+# cluster is waiting.
+
+
+@pytest.fixture(scope="session")
+def copy_of_smoke(smoke, tmp_path_factory) -> Callable[[str], Path]:
+    """Makes copies of a folder in which the smoke preset has been run: only what a test adds is to do."""
+    return lambda name: Path(shutil.copytree(smoke, tmp_path_factory.mktemp(name) / name))
+
+
 @pytest.fixture(scope="session")
 def part_of_smoke(cluster, tmp_path_factory) -> Run:
     """Files of the smoke preset that take each kind of job, by the profile as it is."""
     return cluster.run(tmp_path_factory.mktemp("part"), *PART)
 
 
-@pytest.fixture
-def done(smoke, tmp_path) -> Path:
-    """A copy of a folder in which the smoke preset has been run: only what a test adds is to do."""
-    return Path(shutil.copytree(smoke, tmp_path / "done"))
+@pytest.fixture(scope="session")
+def slow(cluster, copy_of_smoke) -> Run:
+    """A teacher that takes long, for Ctrl-C."""
+    return begin_teacher(cluster, copy_of_smoke("slow"))
 
 
 @pytest.fixture(scope="session")
-def troubled(cluster, smoke, tmp_path_factory) -> Run:
+def twin(cluster, copy_of_smoke) -> Run:
+    """A teacher that takes long, for a Snakemake that is killed."""
+    return begin_teacher(cluster, copy_of_smoke("twin"))
+
+
+def begin_teacher(cluster: Cluster, directory: Path) -> Run:
+    """A teacher with the name of its folder."""
+    name = directory.name
+    presets = overlay(directory, f"teachers: {{{name}: {{like: convnet, epochs: 40}}}}")
+    return cluster.run(directory, TEACHER.format(name), *CPU_ONLY, presets=presets)
+
+
+@pytest.fixture(scope="session")
+def troubled(cluster, copy_of_smoke) -> Run:
     """Four teachers that are ended at work, each in its own way, and two jobs with too little memory."""
-    directory = Path(shutil.copytree(smoke, tmp_path_factory.mktemp("troubled") / "done"))
+    directory = copy_of_smoke("troubled")
     run = cluster.run(
         directory,
         *map(TEACHER.format, ENDS),
         STUDENT,
+        "--retries",
+        "1",
         "--set-resources",
         "select_images:mem_mb=250 if attempt == 1 else 4000",
         "relabel_images:mem_mb=250",
@@ -90,21 +119,60 @@ def troubled(cluster, smoke, tmp_path_factory) -> Run:
 
 
 @pytest.fixture(scope="session")
-def changed_lambda(cluster, smoke, tmp_path_factory) -> Run:
+def changed_lambda(cluster, copy_of_smoke) -> Run:
     """The labels of a set after a change of its method's lambda_bn."""
-    directory = Path(shutil.copytree(smoke, tmp_path_factory.mktemp("lambda") / "done"))
-    presets = overlay(directory, "methods: {wmdd: {lambda_bn: 3}}")
-    target = "results/smoke/digits/labels/wmdd/wmdd/ipc1/labels.npy"
-    return cluster.run(directory, target, *CPU_ONLY, presets=presets, jobs=2)
+    directory = copy_of_smoke("lambda")
+    presets = overlay(directory, "methods: {sre2l: {lambda_bn: 3}}")
+    return cluster.run(directory, LABELS.format("sre2l", 1), *CPU_ONLY, presets=presets)
+
+
+@pytest.fixture(scope="session")
+def hundred(cluster, tmp_path_factory) -> tuple[Run, Run]:
+    """100 classes in blocks of 50, and one of them alone."""
+    folder = tmp_path_factory.mktemp("hundred")
+    return (
+        begin_barycenters(cluster, folder / "fifty", 100, blocks_of_fifty(100)),
+        begin_barycenters(cluster, folder / "one", 100, [range(99, 100)]),
+    )
+
+
+@pytest.fixture(scope="session")
+def restarted(cluster, twin) -> tuple[int, Run]:
+    """The process of a job whose Snakemake was killed, and a new Snakemake for the same file."""
+    directory = twin.directory
+    old = stop_at_work(cluster, directory, ("twin",))["twin"]
+    twin.kill()
+    assert states(cluster.active(directory)) == ["RUNNING"]  # nobody has cancelled it
+    unlocked = run_snakemake(directory, "--unlock", "--configfile", *map(str, twin.presets), preset="")
+    assert unlocked.returncode == 0, unlocked.stdout + unlocked.stderr
+    return old, cluster.run(directory, TEACHER.format("twin"), *CPU_ONLY, presets=twin.presets)
+
+
+@pytest.fixture(scope="session")
+def interrupted(cluster, slow) -> Run:
+    """The same command again, after Ctrl-C."""
+    stop_at_work(cluster, slow.directory, ("slow",))
+    slow.interrupt()
+    assert slow.wait() != 0
+    wait_until(lambda: not cluster.active(slow.directory), "the end of the cluster's jobs", 60)
+    assert states(slow.jobs()) == ["CANCELLED"]
+    return cluster.run(slow.directory, TEACHER.format("slow"), *CPU_ONLY, presets=slow.presets)
+
+
+BEGUN = ("slow", "twin", "part_of_smoke", "troubled", "changed_lambda", "hundred", "restarted", "interrupted")
+"""In the order in which they begin."""
 
 
 @pytest.fixture(scope="session", autouse=True)
-def begun_early(request):
-    """What needs only to be awaited goes on beside the other tests, where it has been asked for."""
+def begun(request):
+    """Begin what the chosen tests ask for."""
     wanted = {name for item in request.session.items for name in item.fixturenames}
-    for name in ("part_of_smoke", "changed_lambda", "hundred", "troubled"):
+    for name in BEGUN:
         if name in wanted:
             request.getfixturevalue(name)
+
+
+# ---- how it is looked at ---------------------------------------------------------------------
 
 
 def overlay(directory: Path, text: str) -> tuple[Path, Path]:
@@ -154,49 +222,34 @@ def log_of(directory: Path, teacher: str) -> str:
 # ---- failures --------------------------------------------------------------------------------
 
 
-def test_ctrl_c_cancels_the_jobs_and_a_rerun_goes_on(cluster, done):
-    presets = overlay(done, "teachers: {slow: {like: convnet, epochs: 40}}")
-    run = cluster.run(done, TEACHER.format("slow"), *CPU_ONLY, presets=presets)
-    stop_at_work(cluster, done, ("slow",))
-    run.interrupt()
-    assert run.wait() != 0
-    wait_until(lambda: not cluster.active(done), "the end of the cluster's jobs", 60)
-    assert states(run.jobs()) == ["CANCELLED"]
-    again = cluster.run(done, TEACHER.format("slow"), *CPU_ONLY, presets=presets)
-    assert again.wait() == 0, again.told
-    assert "resuming after step" in log_of(done, "slow")
+def test_ctrl_c_cancels_the_jobs_and_a_rerun_goes_on(interrupted):
+    assert interrupted.wait() == 0, interrupted.told
+    assert states(interrupted.jobs()) == ["COMPLETED"]
+    assert "resuming after step" in log_of(interrupted.directory, "slow")
 
 
-def test_twins_never_work_at_the_same_time(cluster, done):
-    presets = overlay(done, "teachers: {twin: {like: convnet, epochs: 40}}")
-    target = TEACHER.format("twin")
-    run = cluster.run(done, target, *CPU_ONLY, presets=presets)
-    old = stop_at_work(cluster, done, ("twin",))["twin"]
-    run.kill()
-    assert states(cluster.active(done)) == ["RUNNING"]  # nobody has cancelled it
-    unlocked = run_snakemake(done, "--unlock", "--configfile", *map(str, presets), preset="")
-    assert unlocked.returncode == 0
-
-    folder = done / "results/smoke/checkpoints/pretrain_teacher/dataset-digits"
+def test_twins_never_work_at_the_same_time(cluster, restarted):
+    old, again = restarted
+    directory = again.directory
+    folder = directory / "results/smoke/checkpoints/pretrain_teacher/dataset-digits"
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    again = cluster.run(done, target, *CPU_ONLY, presets=presets)
-    wait_until(lambda: "another process is at work" in _text(done, "twin"), "the twin's wait")
-    new = wait_until(
+    wait_until(lambda: "another process is at work" in _text(directory, "twin"), "the twin's wait")
+    wait_until(
         lambda: [
-            p
-            for p, c in cluster.processes(done).items()
-            if c[1:3] == ["-m", "workflow_scripts.pretrain_teacher"] and p != old
+            pid
+            for pid, command in cluster.processes(directory).items()
+            if command[1:3] == ["-m", "workflow_scripts.pretrain_teacher"] and pid != old
         ],
         "the twin",
     )
-    assert states(cluster.active(done)) == ["RUNNING", "RUNNING"]
+    assert states(cluster.active(directory)) == ["RUNNING", "RUNNING"]
     time.sleep(6)  # longer than the twin waits between two looks
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    assert not (done / target).exists()
+    assert not (directory / TEACHER.format("twin")).exists()
     os.kill(old, signal.SIGCONT)
     assert again.wait() == 0, again.told
-    assert states(cluster.jobs(done)) == ["COMPLETED", "COMPLETED"] and new
-    log = log_of(done, "twin")
+    assert states(cluster.jobs(directory)) == ["COMPLETED", "COMPLETED"]
+    log = log_of(directory, "twin")
     assert "another process is at work" in log and "\0" not in log
     assert log.index("waiting for it to end") < log.index("top-1")
 
@@ -207,7 +260,11 @@ def _text(directory: Path, teacher: str) -> str:
     return ""
 
 
-def test_what_ends_a_job_is_seen_retried_resumed_and_reported(cluster, troubled, smoke, tmp_path):
+def test_what_ends_a_job_is_seen_retried_resumed_and_reported(cluster, troubled, copy_of_smoke):
+    untroubled = copy_of_smoke("untroubled")
+    presets, targets = overlay(untroubled, TROUBLED), [TEACHER.format(name) for name in ENDS]
+    told = run_snakemake(untroubled, "--cores", "2", *targets, "--configfile", *map(str, presets), preset="")
+    assert told.returncode == 0, told.stdout + told.stderr
     assert troubled.wait() == 1, troubled.told  # what needs relabel_images could not be made
     jobs, directory = troubled.jobs(), troubled.directory
     by_end = {name: of_rule(jobs, "pretrain_teacher", "digits", name) for name in ENDS}
@@ -226,23 +283,20 @@ def test_what_ends_a_job_is_seen_retried_resumed_and_reported(cluster, troubled,
 
     for name in ENDS:
         assert "resuming after step" in log_of(directory, name), name
-    untroubled = Path(shutil.copytree(smoke, tmp_path / "untroubled"))
-    presets, targets = overlay(untroubled, TROUBLED), [TEACHER.format(name) for name in ENDS]
-    told = run_snakemake(untroubled, "--cores", "2", *targets, "--configfile", *map(str, presets), preset="")
-    assert told.returncode == 0, told.stdout + told.stderr
-    for target in targets:
+        target = TEACHER.format(name)
         assert (directory / target).read_bytes() == (untroubled / target).read_bytes(), target
 
     # Retries are spent: the rule, its wildcards and the log are named.
-    assert len(of_rule(jobs, "relabel_images")) == 3
+    assert len(of_rule(jobs, "relabel_images")) == 2
     assert not of_rule(jobs, "evaluate_student")
     ending = troubled.told[troubled.told.rindex("Error in rule relabel_images") :]
     assert "results/smoke/logs/relabel_images/digits/wmdd/random/ipc4.log" in ending
     assert '"wildcards":{"dataset":"digits","ipc":"4","method":"random","recipe":"wmdd"}' in ending
 
-    again = cluster.run(directory, *targets, STUDENT, *CPU_ONLY, presets=overlay(directory, TROUBLED))
+    labels = LABELS.format("random", 4)
+    again = cluster.run(directory, *targets, labels, *CPU_ONLY, presets=troubled.presets)
     assert again.wait() == 0, again.told
-    assert rules_of(again.jobs()) == ["evaluate_student", "relabel_images"]
+    assert rules_of(again.jobs()) == ["relabel_images"] and (directory / labels).exists()
 
 
 # ---- changes ---------------------------------------------------------------------------------
@@ -251,8 +305,8 @@ def test_what_ends_a_job_is_seen_retried_resumed_and_reported(cluster, troubled,
 def test_a_changed_lambda_submits_what_depends_on_it(changed_lambda):
     assert changed_lambda.wait() == 0, changed_lambda.told
     jobs = changed_lambda.jobs()
-    assert rules_of(jobs) == ["gather_images", *["recover_images"] * 3, "relabel_images"]
-    assert not [job for job in jobs if "sre2l" in job["Comment"]]
+    assert rules_of(jobs) == ["gather_images", "recover_images", "relabel_images"]
+    assert all("sre2l" in job["Comment"] for job in jobs)
 
 
 # ---- the smoke preset by the profile as it is ------------------------------------------------
@@ -343,26 +397,15 @@ def blocks_of_fifty(classes: int) -> list[range]:
     return [range(first, first + 50) for first in range(0, classes, 50)]
 
 
-@pytest.fixture(scope="session")
-def hundred(cluster, tmp_path_factory) -> tuple[Run, Run]:
-    """100 classes in blocks of 50, and two of them alone."""
-    folder, alone = tmp_path_factory.mktemp("blocks"), [range(1, 2), range(99, 100)]
-    return (
-        begin_barycenters(cluster, folder / "fifty", 100, blocks_of_fifty(100)),
-        begin_barycenters(cluster, folder / "one", 100, alone),
-    )
-
-
 def test_blocks_of_classes_give_the_bytes_of_a_job_per_class(hundred):
-    for run in hundred:
+    fifty, one = hundred
+    for run, jobs in ((fifty, 2), (one, 1)):
         assert run.wait() == 0, run.told
-        assert rules_of(run.jobs()) == ["compute_barycenter"] * 2
-    fifty, one = (run.directory for run in hundred)
-    for block, member in zip(blocks_of_fifty(100), (1, 99), strict=True):
-        alone = np.load(one / barycenter_of(range(member, member + 1)))
-        among = np.load(fifty / barycenter_of(block))
-        for name in ("support", "weights"):
-            assert np.array_equal(alone[name][0], among[name][member - block[0]])
+        assert rules_of(run.jobs()) == ["compute_barycenter"] * jobs
+    alone = np.load(one.directory / barycenter_of(range(99, 100)))
+    among = np.load(fifty.directory / barycenter_of(range(50, 100)))
+    for name in ("support", "weights"):
+        assert np.array_equal(alone[name][0], among[name][49])
 
 
 def test_large_a_thousand_classes(cluster, tmp_path, record_property):
@@ -386,7 +429,8 @@ def test_large_a_thousand_classes(cluster, tmp_path, record_property):
 # ---- timing ----------------------------------------------------------------------------------
 
 
-def test_large_timed_methods_have_the_node_to_themselves(cluster, done):
+def test_large_timed_methods_have_the_node_to_themselves(cluster, copy_of_smoke):
+    done = copy_of_smoke("timed")
     presets = overlay(done, "figures: {efficiency: {iterations: 5, projected_iterations: 10}}")
     table = "results/smoke/report/tables/efficiency.csv"
     others = [f"results/smoke/digits/barycenters/convnet/learned/ipc3/class{c}.npz" for c in range(3)]
