@@ -206,13 +206,22 @@ if count_gpus(config["device"]) and "local_gpu" not in workflow.global_resources
     workflow.register_resource("local_gpu", count_gpus(config["device"]))
 
 
+def gpus_of_job(wildcards, resources):
+    """GPUs that share each batch of a teacher: one, unless Slurm (`gpu`) or the user gives the rule more.
+
+    On one machine: `--set-resources pretrain_teacher:local_gpu=2`. Snakemake never compares a parameter
+    that reads `resources`: the number changes no result but for rounding.
+    """
+    return max(1, resources.get("gpu", 0), resources.get("local_gpu", 0))
+
+
 # ---- jobs ------------------------------------------------------------------------------------
 
 
-def run_script(rule):
+def run_script(rule, environment=""):
     """Every rule's command. Threads are no parameter: they change no result that matters."""
     return (
-        f"python -m workflow_scripts.{rule} {{params.job:q}} {{params.settings:q}} {{params.code}}"
+        f"{environment}python -m workflow_scripts.{rule} {{params.job:q}} {{params.settings:q}} {{params.code}}"
         " --threads {threads} > {log:q} 2>&1"
     )
 

@@ -1,15 +1,6 @@
 """Squeeze: train a teacher on the real images."""
 
 
-def gpus_of_job(wildcards, resources):
-    """GPUs that share each batch of a teacher: one, unless Slurm (`gpu`) or the user gives the rule more.
-
-    On one machine: `--set-resources pretrain_teacher:local_gpu=2`. Snakemake never compares a parameter
-    that reads `resources`: the number changes no result but for rounding.
-    """
-    return max(1, resources.get("gpu", 0), resources.get("local_gpu", 0))
-
-
 rule pretrain_teacher:
     input:
         description=DESCRIPTION,
@@ -35,4 +26,4 @@ rule pretrain_teacher:
     message:
         "Pretrain teacher {wildcards.teacher} on {wildcards.dataset}"
     shell:
-        "WMDD_GPUS={params.gpus} " + run_script("pretrain_teacher")
+        run_script("pretrain_teacher", "WMDD_GPUS={params.gpus} ")
