@@ -23,15 +23,16 @@ import numpy as np
 SIDES = ("ours", "plain")
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "POT")
 
+# ‖ours − plain‖ / ‖plain‖ of the arrays that a side's check gives, in float32 and in bfloat16. Adam's first
+# steps go by the gradient's sign, so a value whose gradient is all rounding moves a full step either way:
+# losses are held close, what Adam has moved to what tells one gradient from another (unrelated ones: 1.4).
 TOLERANCES = {
-    # ‖ours − plain‖ / ‖plain‖ of every array that a side's check gives.
-    "features": 1e-4,
-    "recover": 2e-2,
-    "relabel": 2e-3,
-    "evaluate": 2e-2,
+    "features": {"": (1e-4, 1e-4)},
+    "recover": {"losses": (1e-3, 5e-2), "movement": (0.2, 0.8)},
+    "relabel": {"logits": (2e-3, 3e-2)},
+    "evaluate": {"losses": (1e-2, 5e-2), "logits": (0.1, 0.4)},
 }
-BFLOAT16_TOLERANCE = 0.35
-"""bfloat16 keeps 8 bits, and Adam's first step goes by a gradient's sign."""
+"""Stage → array ("" is all others) → largest relative difference."""
 
 COLUMNS = ("Stage", "Work", "Ours (s)", "Plain (s)", "Ratio", "Target", "Peak memory (MiB)", "Agreement")
 
@@ -152,14 +153,14 @@ def check_agreement(stage: str, sizes: Mapping, ours: Mapping, plain: Mapping) -
                 f" {against:+.2%} above POT's free support"
             )
         return {"above k-means": above, "above free support": against}
-    tolerance = BFLOAT16_TOLERANCE if sizes.get("bfloat16") else TOLERANCES[stage]
-    found = {}
+    tolerances, differences = TOLERANCES[stage], {}
     for name, wanted in plain.items():
+        tolerance = tolerances.get(name, tolerances.get(""))[bool(sizes.get("bfloat16"))]
         difference = np.linalg.norm(np.float64(ours[name]) - wanted) / np.linalg.norm(np.float64(wanted))
-        found[name] = float(difference)
         if not difference <= tolerance:
             raise Disagreement(f"{stage}: {name} differ by {difference:.2g} relative, more than {tolerance}")
-    return {"largest relative difference": max(found.values())}
+        differences[name] = float(difference)
+    return {"largest": max(differences.values())} if "" in tolerances else differences
 
 
 def describe_origin(threads: int) -> dict[str, str]:

@@ -24,31 +24,35 @@ BASE = {
     "relabel": {**NETWORK, "images": 200, "epochs": 1},
     "evaluate": {**NETWORK, "images": 200, "epochs": 1, "test": 100},
 }
-# Panel → [(stage, the size that grows, its values)]. A barycenter has a job for each class, so its
-# time against classes is a straight line by construction, and left out.
+# Panel → values, and for each stage its sizes at a value. A barycenter has a job for each class, so its time
+# against classes is a straight line by construction, and left out.
 PANELS = {
-    "images": [
-        ("features", "images", (250, 500, 1000, 2000)),
-        ("barycenter", "points", (250, 500, 1000, 2000)),
-    ],
-    "classes": [
-        ("features", "classes", (10, 40, 160)),
-        ("recover", "classes", (4, 8, 16, 32)),
-    ],
-    "images per class": [
-        ("barycenter", "atoms", (5, 10, 20, 40)),
-        ("recover", "ipc", (2, 4, 8, 16)),
-        ("relabel", "images", (100, 200, 400, 800)),
-        ("evaluate", "images", (100, 200, 400, 800)),
-    ],
-    "resolution (pixels)": [
-        ("features", "resolution", (16, 32, 64)),
-        ("recover", "resolution", (16, 32, 64)),
-        ("relabel", "resolution", (16, 32, 64)),
-        ("evaluate", "resolution", (16, 32, 64)),
-    ],
+    "images": (
+        (250, 500, 1000, 2000),
+        {"features": lambda n: {"images": n}, "barycenter": lambda n: {"points": n}},
+    ),
+    "classes": (
+        (4, 16, 64),
+        {"features": lambda n: {"classes": n}, "recover": lambda n: {"classes": n}},
+    ),
+    "images per class": (
+        (5, 10, 20, 40),
+        {
+            "barycenter": lambda n: {"atoms": n},
+            "recover": lambda n: {"ipc": n},
+            "relabel": lambda n: {"images": 10 * n},
+            "evaluate": lambda n: {"images": 10 * n},
+        },
+    ),
+    "resolution (pixels)": (
+        (16, 32, 64),
+        dict.fromkeys(("features", "recover", "relabel", "evaluate"), lambda n: {"resolution": n}),
+    ),
 }
-TINY = {"images": [("barycenter", "points", (50, 100))], "classes": [("features", "classes", (2, 4))]}
+TINY = {
+    "images": ((50, 100), {"barycenter": lambda n: {"points": n}}),
+    "classes": ((2, 4), {"features": lambda n: {"classes": n, "images": 20}}),
+}
 
 
 def seconds_of(stage: str, sizes: dict, repeats: int) -> float:
@@ -83,9 +87,9 @@ def measure_scaling(threads: int, tiny: bool, output: Path) -> tuple[dict, str]:
     torch.set_num_threads(threads)
     found: dict[str, list[dict]] = {}
     lines = [["Against", "Stage", "Sizes", "Seconds", "Slope"]]
-    for panel, curves in (TINY if tiny else PANELS).items():
-        for stage, key, values in curves:
-            taken = [seconds_of(stage, {**BASE[stage], key: v}, 1 if tiny else 3) for v in values]
+    for panel, (values, curves) in (TINY if tiny else PANELS).items():
+        for stage, at in curves.items():
+            taken = [seconds_of(stage, {**BASE[stage], **at(v)}, 1 if tiny else 3) for v in values]
             exponent = slope(values, taken)
             found.setdefault(panel, []).append(
                 {"stage": stage, "values": values, "seconds": taken, "slope": exponent}
@@ -119,9 +123,10 @@ def draw(panels: dict[str, list[dict]], path: Path) -> None:
                 linestyle=DASHES[number % len(DASHES)],
                 label=f"{curve['stage']}: slope {curve['slope']:.2f}",
             )
-        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds")
-        ticks = sorted({v for curve in curves for v in curve["values"]})
-        axis.set_xticks(ticks, [f"{v:g}" for v in ticks])
+        seconds = [t for curve in curves for t in curve["seconds"]]
+        low, high = 10 ** np.floor(np.log10(min(seconds))), 10 ** np.ceil(np.log10(max(seconds)))
+        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds", ylim=(low, high))
+        axis.set_xticks(curves[0]["values"], [f"{v:g}" for v in curves[0]["values"]])
         axis.minorticks_off()
         axis.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -359,6 +359,7 @@ def relabel(
 
     def ours(views: dict) -> None:
         from wmdd_core.relabeling import ViewSettings, label_views
+        from workflow_scripts.relabel_images import BATCH_SIZE
 
         shape = (epochs, images, 10)
         labels = np.lib.format.open_memmap(emptied(written) / "labels.npy", "w+", np.float16, shape)
@@ -369,6 +370,7 @@ def relabel(
             mean,
             std,
             labels,
+            batch_size=BATCH_SIZE,
             precision=autocast(device, bfloat16),
         )
         labels.flush()

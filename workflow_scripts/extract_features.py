@@ -8,8 +8,8 @@ from wmdd_core.models import freeze
 from workflow_scripts.job import Job, run
 from workflow_scripts.real_images import in_order, load_teacher, open_images, read_description
 
-BATCH_SIZE = 250
-"""Images in a forward pass: memory, not meaning."""
+BATCH_SIZE = 32
+"""Images in a forward pass: memory, not meaning; so few that activations stay in the caches of a CPU."""
 
 
 def main(job: Job) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 
 from wmdd_core.artifacts import read_tensors, write_json
 from wmdd_core.relabeling import ViewSettings, label_views
+from workflow_scripts.extract_features import BATCH_SIZE
 from workflow_scripts.job import Job, precision, run
 from workflow_scripts.real_images import load_teacher, normalisation, read_description
 
@@ -26,7 +27,7 @@ def main(job: Job) -> None:
         *normalisation(description),
         labels,
         teacher_mode=settings["teacher_mode"],
-        batch_size=settings.get("batch_size", 100),
+        batch_size=settings.get("batch_size", BATCH_SIZE),
         precision=precision(settings, device),
         progress=progress,
     )
