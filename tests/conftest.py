@@ -21,6 +21,7 @@ RUN_DEPENDENT = ("logs", "benchmarks", "checkpoints")
 """Folders below results/smoke that tell of one run: when, how long, on what."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
     """In parallel, the tests of a file stay together, and so do all that share the one smoke run."""
     for item in items:
