@@ -11,14 +11,12 @@ demo: install ## distil the embedded digits and build results/report/index.html
 	@cat results/report/tables/main.md
 	@echo "The page: results/report/index.html"
 
-test: install-dev ## lint, formats and tests; says which are skipped, and why
-	tests/slurm/install.sh
+test: install-dev ## lint, formats and tests, but for those on a Slurm: `make test-slurm`
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CORES) --dist loadgroup --no-loadscope-reorder \
-		--deselect tests/slurm/test_slurm.py::test_large
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CORES) --dist loadfile -m "not slurm"
 
 format: install-dev ## bring Python and Snakemake files into shape
 	$(BIN)/ruff check --fix .

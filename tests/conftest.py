@@ -21,15 +21,6 @@ RUN_DEPENDENT = ("logs", "benchmarks", "checkpoints")
 """Folders below results/smoke that tell of one run: when, how long, on what."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items):
-    """In parallel, the tests of a file stay together, and so do all that share the one smoke run."""
-    for item in items:
-        file = item.nodeid.split("::")[0]
-        shares = "smoke" in item.fixturenames or file.startswith("tests/slurm")
-        item.add_marker(pytest.mark.xdist_group("smoke" if shares else file))
-
-
 def run_snakemake(directory: Path, *arguments: str, root: Path = ROOT, preset: str = "smoke", **options):
     """Run Snakemake with its working files and results in `directory`; never raises."""
     command = [
