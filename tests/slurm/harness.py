@@ -31,6 +31,14 @@ CONFIGS = Path("/etc/slurm/slurm.conf"), Path("/etc/slurm/gres.conf")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "sinfo", "srun")
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+SNAKEMAKE = """
+from snakemake.cli import main
+from snakemake_executor_plugin_slurm import Executor
+
+# Whenever no job has ended the plugin looks ten seconds later than before, and no option limits that.
+Executor.next_seconds_between_status_checks = property(lambda self: 2, lambda self, seconds: None)
+main()
+"""
 FAILED = ("FAILED", "TIMEOUT", "CANCELLED", "OUT_OF_MEMORY", "NODE_FAIL")
 
 
@@ -265,11 +273,10 @@ class Run:
         self.directory, self.before = directory, {job["JobId"] for job in cluster.jobs(directory)}
         self.cluster, self.presets = cluster, presets
         self.out = directory / f"run{len(cluster.runs)}.out"
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
+        command = [sys.executable, "-c", SNAKEMAKE, "--snakefile", str(ROOT / "Snakefile")]
         command += ["--configfile", *map(str, presets), "--profile", str(ROOT / "profiles/slurm")]
         # The profile as it is, but for waits that suit a quick and local cluster.
-        command += ["--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "5"]
-        command += ["--jobs", str(jobs)]
+        command += ["--latency-wait", "5", "--jobs", str(jobs)]
         environment = {
             **os.environ,
             "PATH": PATH,
