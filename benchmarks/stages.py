@@ -233,7 +233,10 @@ def recover(
     iterations: int,
     bfloat16: bool = False,
 ) -> Work:
-    """Iterations of Eq. 15 on `classes` × `ipc` images; the plain side is float32 either way."""
+    """Iterations of Eq. 15 on `classes` × `ipc` images; the plain side is float32 either way.
+
+    `check` does one iteration: later ones start from images that rounding has moved apart.
+    """
     import torch
 
     from wmdd_core.batchnorm import StatisticsAccumulator, record_input_moments
@@ -256,7 +259,7 @@ def recover(
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    def ours(views: dict) -> tuple:
+    def ours(views: dict, iterations: int) -> tuple:
         shard = Shard(
             own,
             group,
@@ -281,7 +284,7 @@ def recover(
         terms = [found.losses[name].double().sum(1) for name in ("feature_loss", "bn_loss")]
         return found.images, torch.stack(terms, 1)
 
-    def plain(views: dict) -> tuple:
+    def plain(views: dict, iterations: int) -> tuple:
         from benchmarks.plain import recover as plain_recover
 
         targets = [(s.mean.float().to(device), s.var.float().to(device)) for s in statistics.values()]
@@ -302,11 +305,11 @@ def recover(
     call = {"ours": ours, "plain": plain}[side]
 
     def check() -> dict[str, np.ndarray]:
-        images, losses = call({**NO_VIEWS, "roll": 0})
+        images, losses = call({**NO_VIEWS, "roll": 0}, 1)
         return {"movement": (images - initial).numpy(), "losses": losses.numpy()}
 
     def run() -> dict[str, float]:
-        call({**VIEWS, "roll": resolution // 7})
+        call({**VIEWS, "roll": resolution // 7}, iterations)
         return {}
 
     return Work(check, run)
