@@ -1,0 +1,150 @@
+"""Four times the images, or the classes, take no more memory where work is done piece by piece."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from wmdd_core.artifacts import read_json, read_tensors, write_arrays, write_tensors
+from wmdd_core.models import build_model
+
+RESOLUTION = 64
+PER_CLASS = 100
+SIZES = (10, 40)
+"""Classes of the two datasets: 1,000 and 4,000 images."""
+
+TOLERANCE = 10.0
+"""MB by which two peaks may differ: 3,000 images more, as bytes, are 37."""
+
+MEASURE = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def peak_of_command(*command: str) -> float:
+    """Run a command; the largest resident memory of one of its processes, MB.
+
+    A small process starts it, as a process inherits the peak of the one that starts it.
+    """
+    done = subprocess.run([sys.executable, "-c", MEASURE, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout) / 1024
+
+
+def peak_of(
+    script: str, folder: Path, inputs: dict, outputs: dict, settings: dict, **wildcards: str
+) -> float:
+    """Run a rule's script to its end; the largest resident memory of its process, MB."""
+    job = {
+        "wildcards": {"dataset": "photos", **wildcards},
+        "input": inputs,
+        "output": {k: str(folder / v) for k, v in outputs.items()},
+        "device": "cpu",
+        "checkpoints": str(folder / "checkpoints"),
+    }
+    arguments = [json.dumps(job), json.dumps(settings), "code"]
+    return peak_of_command(sys.executable, "-m", f"workflow_scripts.{script}", *arguments)
+
+
+def make_photos(root: Path, classes: int) -> None:
+    """A file for each image, with the pixels of its class."""
+    for c in range(classes):
+        pixels = np.random.default_rng(c).integers(0, 256, (RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
+        for split, count in (("train", PER_CLASS), ("test", 1)):
+            (root / split / f"{c:02d}").mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(pixels).save(root / split / f"{c:02d}" / f"{i:03d}.bmp")
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory) -> dict[str, list[float]]:
+    """Peaks of both steps in MB, at each size."""
+    found = {"features": [], "recovery": []}
+    for classes in SIZES:
+        folder = tmp_path_factory.mktemp(f"classes{classes}")
+        make_photos(folder / "photos", classes)
+        settings = {
+            "source": "imagefolder",
+            "root": str(folder / "photos"),
+            "resolution": RESOLUTION,
+            "seed": 0,
+        }
+        peak_of("describe_dataset", folder, {}, {"description": "description.json"}, settings)
+        description = read_json(folder / "description.json")
+        # 16 features an image: pages of the mapped output count as resident, too, until they are wanted.
+        network = {"architecture": "convnet", "width": 16, "depth": 6}
+        network |= {"classes": classes, "resolution": RESOLUTION}
+        header = {"network": network, "lineage": description["header"]["lineage"]}
+        model = build_model(**network, seed=0)
+        write_tensors(folder / "teacher.safetensors", model.state_dict(), header)
+        inputs = {
+            "description": str(folder / "description.json"),
+            "teacher": str(folder / "teacher.safetensors"),
+        }
+        made = {"features": "features.npy", "index": "index.json", "statistics": "statistics.safetensors"}
+        found["features"].append(peak_of("extract_features", folder, inputs, made, {}, teacher="t"))
+        features = np.load(folder / "features.npy", mmap_mode="r")
+        assert features.shape == (classes * PER_CLASS, model.classifier.in_features)
+        assert np.isfinite(features).all() and features[-1].any()
+        found["recovery"].append(peak_of_recovery(folder, inputs, features, classes))
+    print({k: [round(v, 1) for v in values] for k, values in found.items()}, "MB")
+    return found
+
+
+def peak_of_recovery(folder: Path, inputs: dict, features: np.ndarray, classes: int) -> float:
+    """Recover the first shard, ten images of ten classes, out of a set of `classes`."""
+    atoms = {
+        "classes": np.arange(10),
+        "support": np.array(features[: 10 * PER_CLASS : PER_CLASS, None]),
+        "weights": np.ones((10, 1)),
+    }
+    header = read_tensors(folder / "statistics.safetensors")[1]
+    write_arrays(folder / "barycenters.npz", atoms, {"lineage": header["lineage"]})
+    inputs = {
+        **inputs,
+        "statistics": str(folder / "statistics.safetensors"),
+        "barycenters": [str(folder / "barycenters.npz")],
+    }
+    settings = {
+        "bn_term": "per_class",
+        "crop_scale_min": 1,
+        "feature_term": "barycenter",
+        "flip": False,
+        "iterations": 20,
+        "lambda_bn": 10,
+        "learning_rate": 0.1,
+        "loss_form": "paper",
+        "roll": 0,
+        "seed": 0,
+        "sharding": {"batch_layout": "whole_classes", "batch_size": 10, "classes": classes},
+        "start": "noise",
+    }
+    wildcards = {"method": "wmdd", "ipc": "1", "shard": "0"}
+    peak = peak_of("recover_images", folder, inputs, {"shard": "shard.safetensors"}, settings, **wildcards)
+    shard = read_tensors(folder / "shard.safetensors")[0]
+    assert torch.equal(shard["labels"], torch.arange(10))
+    return peak
+
+
+@pytest.mark.parametrize("step", ["features", "recovery"])
+def test_four_times_the_dataset_takes_the_same_memory(peaks, step):
+    small, large = peaks[step]
+    assert abs(large - small) < TOLERANCE
+
+
+def test_a_step_that_holds_the_dataset_is_found_out():
+    """The measurement sees more than the tolerance allows for: 37 MB that are filled show in the peak."""
+    program = "import numpy as np, sys; held = np.ones(int(sys.argv[1]), dtype=np.uint8)"
+    size = (SIZES[1] - SIZES[0]) * PER_CLASS * 3 * RESOLUTION**2
+    held, empty = (peak_of_command(sys.executable, "-c", program, str(n)) for n in (size, 1))
+    assert held - empty > 3 * TOLERANCE
