@@ -16,13 +16,13 @@ from PIL import Image
 from wmdd_core.artifacts import read_json, read_tensors, write_arrays, write_tensors
 from wmdd_core.models import build_model
 
-RESOLUTION = 64
+RESOLUTION = 128
 PER_CLASS = 100
 SIZES = (10, 40)
 """Classes of the two datasets: 1,000 and 4,000 images."""
 
-TOLERANCE = 10.0
-"""MB by which two peaks may differ: 3,000 images more, as bytes, are 37."""
+TOLERANCE = 100.0
+"""MB by which the least of three peaks may differ: 3,000 images more, as bytes, are 141."""
 
 MEASURE = """
 import resource, subprocess, sys
@@ -82,7 +82,7 @@ def peaks(tmp_path_factory) -> dict[str, list[float]]:
         peak_of("describe_dataset", folder, {}, {"description": "description.json"}, settings)
         description = read_json(folder / "description.json")
         # 16 features an image: pages of the mapped output count as resident, too, until they are wanted.
-        network = {"architecture": "convnet", "width": 16, "depth": 6}
+        network = {"architecture": "convnet", "width": 16, "depth": 7}
         network |= {"classes": classes, "resolution": RESOLUTION}
         header = {"network": network, "lineage": description["header"]["lineage"]}
         model = build_model(**network, seed=0)
@@ -92,7 +92,9 @@ def peaks(tmp_path_factory) -> dict[str, list[float]]:
             "teacher": str(folder / "teacher.safetensors"),
         }
         made = {"features": "features.npy", "index": "index.json", "statistics": "statistics.safetensors"}
-        found["features"].append(peak_of("extract_features", folder, inputs, made, {}, teacher="t"))
+        # Images are decoded while others are embedded: equal runs differ by up to 75 MB, so the least counts.
+        runs = [peak_of("extract_features", folder, inputs, made, {}, teacher="t") for _ in range(3)]
+        found["features"].append(min(runs))
         features = np.load(folder / "features.npy", mmap_mode="r")
         assert features.shape == (classes * PER_CLASS, model.classifier.in_features)
         assert np.isfinite(features).all() and features[-1].any()
@@ -143,8 +145,8 @@ def test_four_times_the_dataset_takes_the_same_memory(peaks, step):
 
 
 def test_a_step_that_holds_the_dataset_is_found_out():
-    """The measurement sees more than the tolerance allows for: 37 MB that are filled show in the peak."""
+    """The measurement sees more than the tolerance allows for: 141 MB that are filled show in the peak."""
     program = "import numpy as np, sys; held = np.ones(int(sys.argv[1]), dtype=np.uint8)"
     size = (SIZES[1] - SIZES[0]) * PER_CLASS * 3 * RESOLUTION**2
     held, empty = (peak_of_command(sys.executable, "-c", program, str(n)) for n in (size, 1))
-    assert held - empty > 3 * TOLERANCE
+    assert held - empty > TOLERANCE
