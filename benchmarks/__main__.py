@@ -65,7 +65,8 @@ def main() -> None:
 
 
 def run_stage(stage: str, given: argparse.Namespace) -> None:
-    from benchmarks.compare import as_markdown, build_lines, compare, notes_of, write_json
+    from benchmarks.compare import build_lines, compare, notes_of, write_json
+    from workflow_scripts.plain_tables import as_markdown
 
     device = given.device or ("cuda" if given.size == "gpu" else "cpu")
     compared = []
@@ -81,7 +82,7 @@ def run_stage(stage: str, given: argparse.Namespace) -> None:
         )
     name = "-".join([stage, given.size, *map(str, given.row or [])])
     write_json(given.output / f"{name}.json", compared)
-    text = as_markdown(build_lines(compared), notes_of(compared))
+    text = as_markdown(build_lines(compared), stage.capitalize(), notes_of(compared))
     (given.output / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -180,6 +180,14 @@ def describe_origin(threads: int) -> dict[str, str]:
     }
 
 
+def origin_note(origin: Mapping[str, str]) -> str:
+    """What `describe_origin` found, as a table's note."""
+    return (
+        f"`{origin['command']}`; {origin['date']}, commit {origin['commit']}, {origin['machine']};"
+        f" {origin['versions']}."
+    )
+
+
 # ---- tables -------------------------------------------------------------------------------------
 
 
@@ -211,21 +219,11 @@ def build_lines(compared: Sequence[Compared]) -> list[list[str]]:
     return lines
 
 
-def as_markdown(lines: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """A pipe table and what stands under it."""
-    head, *rows = ["| " + " | ".join(line) + " |" for line in lines]
-    return (
-        "\n".join([head, "|" + " --- |" * len(lines[0]), *rows, *(t for n in notes for t in ("", n))]) + "\n"
-    )
-
-
 def notes_of(compared: Sequence[Compared]) -> list[str]:
     """What the tables' figures are, and what else was counted."""
-    origin = compared[0].origin
     notes = [
         "Seconds: median (range) of the repeats, warm, in turn. Memory: ours / plain, a process each.",
-        f"`{origin['command']}`; {origin['date']}, commit {origin['commit']}, {origin['machine']}; "
-        f"{origin['versions']}.",
+        origin_note(compared[0].origin),
     ]
     for c in compared:
         told = {s: ", ".join(f"{k} {v:,.6g}" for k, v in f.items()) for s, f in c.figures.items() if f}

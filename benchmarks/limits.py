@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.compare import as_markdown, describe_origin
+from benchmarks.compare import describe_origin, origin_note
 from benchmarks.stages import teacher
 from wmdd_core.models import Classifier, build_model
+from workflow_scripts.plain_tables import as_markdown
 
 SIDES = (1024, 2048, 4096)
 COPIED = 2**28
@@ -100,7 +101,6 @@ def measure_limits(folder: Path, threads: int) -> tuple[dict, str]:
         f"Best product of matrices of {SIDES} rows: {rates['float32']:.0f}·10⁹ operations/s in float32, "
         f"{rates['bfloat16']:.0f}·10⁹ in bfloat16; copies: {rates['copy']:.0f}·10⁹ bytes/s,"
         " read plus written.",
-        f"`{origin['command']}`; {origin['date']}, commit {origin['commit']}, {origin['machine']}; "
-        f"{origin['versions']}.",
+        origin_note(origin),
     ]
-    return {"rates": rates, "stages": stages, "origin": origin}, as_markdown(lines, notes)
+    return {"rates": rates, "stages": stages, "origin": origin}, as_markdown(lines, "Limits", notes)

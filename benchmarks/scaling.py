@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import stages
-from benchmarks.compare import as_markdown, describe_origin
+from benchmarks.compare import describe_origin, origin_note
+from workflow_scripts.plain_tables import as_markdown
 
 FIGURE = Path(__file__).resolve().parent.parent / "docs/figures/scaling.png"
 
@@ -98,11 +99,7 @@ def measure_scaling(threads: int, tiny: bool, output: Path) -> tuple[dict, str]:
             lines.append([panel, stage, *shown, f"{exponent:.2f}"])
     draw(found, output / "scaling.png" if tiny else FIGURE)
     origin = describe_origin(threads)
-    notes = [
-        f"`{origin['command']}`; {origin['date']}, commit {origin['commit']}, {origin['machine']}; "
-        f"{origin['versions']}."
-    ]
-    return {"panels": found, "origin": origin}, as_markdown(lines, notes)
+    return {"panels": found, "origin": origin}, as_markdown(lines, "Scaling", [origin_note(origin)])
 
 
 def draw(panels: dict[str, list[dict]], path: Path) -> None:

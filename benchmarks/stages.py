@@ -129,7 +129,6 @@ def features(
         from wmdd_core.data import ImageStore
         from wmdd_core.features import extract_features
         from wmdd_core.sources import FileSource
-        from workflow_scripts.extract_features import BATCH_SIZE
         from workflow_scripts.real_images import in_order
 
         names = tuple(str(c) for c in range(classes))
@@ -139,7 +138,7 @@ def features(
         found = np.empty((len(store), model.classifier.in_features), np.float32)
 
         def batches(start: int):
-            return in_order(store, description, torch.device(device), start, BATCH_SIZE)
+            return in_order(store, description, torch.device(device), start)
 
         statistics = extract_features(model, batches, found, classes).statistics().values()
         layers = {f"layer{i}": torch.cat([s.mean, s.var], 1).numpy() for i, s in enumerate(statistics)}
@@ -341,6 +340,20 @@ def fixed_order(count: int, batch_size: int) -> Callable[[int], Sequence]:
     return lambda epoch: shuffled(count, batch_size, ("benchmark",), epoch)
 
 
+def plain_labels(
+    model, files: list[str], folder: Path, resolution: int, device: str, epochs: int, views: dict
+) -> Path:
+    """The folder with the reference's labels of every image in each epoch."""
+    import torch
+
+    from benchmarks.plain import relabel as plain_relabel
+
+    order, (mean, std) = fixed_order(len(files), TEACHER_BATCH), normalisation()
+    target = torch.device(device)
+    plain_relabel(model, files, emptied(folder), order, resolution, mean, std, target, epochs=epochs, **views)
+    return folder
+
+
 def relabel(
     side: str,
     device: str,
@@ -362,7 +375,7 @@ def relabel(
 
     def ours(views: dict) -> None:
         from wmdd_core.relabeling import ViewSettings, label_views
-        from workflow_scripts.relabel_images import BATCH_SIZE
+        from workflow_scripts.real_images import images_per_pass
 
         shape = (epochs, images, 10)
         labels = np.lib.format.open_memmap(emptied(written) / "labels.npy", "w+", np.float16, shape)
@@ -373,27 +386,13 @@ def relabel(
             mean,
             std,
             labels,
-            batch_size=BATCH_SIZE,
+            batch_size=images_per_pass(torch.device(device)),
             precision=autocast(device, bfloat16),
         )
         labels.flush()
 
     def plain(views: dict) -> None:
-        from benchmarks.plain import relabel as plain_relabel
-
-        order = fixed_order(images, TEACHER_BATCH)
-        plain_relabel(
-            model,
-            files,
-            emptied(written),
-            order,
-            resolution,
-            mean,
-            std,
-            torch.device(device),
-            epochs=epochs,
-            **views,
-        )
+        plain_labels(model, files, written, resolution, device, epochs, views)
 
     def check() -> dict[str, np.ndarray]:
         views = {**NO_VIEWS, "cutmix": False}
@@ -435,7 +434,6 @@ def evaluate(
 
     from benchmarks.plain import Files
     from benchmarks.plain import evaluate as plain_evaluate
-    from benchmarks.plain import relabel as plain_relabel
     from wmdd_core.models import build_model
     from wmdd_core.relabeling import ViewSettings, label_views, soft_label_batches, soft_label_loss
     from wmdd_core.training import Schedule, fit, test_batches
@@ -453,11 +451,8 @@ def evaluate(
             labels = np.empty((epochs, images, 10), np.float16)
             label_views(labeller, shown, ViewSettings(seed=0, **views), mean, std, labels)
             return labels
-        kept = emptied(folder / f"labels-{views['cutmix']}")
-        order = fixed_order(images, TEACHER_BATCH)
-        target = torch.device(device)
-        plain_relabel(labeller, files, kept, order, resolution, mean, std, target, epochs=epochs, **views)
-        return kept
+        kept = folder / f"labels-{views['cutmix']}"
+        return plain_labels(labeller, files, kept, resolution, device, epochs, views)
 
     whole, mixed = {**NO_VIEWS, "cutmix": False}, {**VIEWS, "cutmix": True}
     labels = {views["cutmix"]: prepare(views) for views in (whole, mixed)}

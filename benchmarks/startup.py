@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.compare import Disagreement, as_markdown, describe_origin, spread
+from benchmarks.compare import Disagreement, describe_origin, origin_note, spread
+from workflow_scripts.plain_tables import as_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,8 +88,5 @@ def measure_startup(repeats: int) -> tuple[dict, str]:
         lines.append([script, spread(taken), ", ".join(found)])
     lines[2:] = sorted(lines[2:], key=lambda line: statistics.median(figures["scripts"][line[0]]["seconds"]))
     figures["origin"] = origin = describe_origin(1)
-    notes = [
-        f"Seconds of a whole process: median (range) of {repeats}. `{origin['command']}`; {origin['date']},"
-        f" commit {origin['commit']}, {origin['machine']}; {origin['versions']}."
-    ]
-    return figures, as_markdown(lines, notes)
+    notes = [f"Seconds of a whole process: median (range) of {repeats}.", origin_note(origin)]
+    return figures, as_markdown(lines, "Start-up", notes)

@@ -309,6 +309,11 @@ def expected_digests(cells):
     return {name: sorted(digests) for name, digests in found.items()}
 
 
+def swept_of(methods):
+    """method → its sweep's entry, key and value, for those of `methods` that are members of one."""
+    return {m: config["methods"][m]["swept"] for m in methods if "swept" in config["methods"][m]}
+
+
 def label_of(block, name):
     return config[block].get(name, {}).get("label", name)
 
@@ -333,11 +338,7 @@ def tabulate_accuracy_settings(w):
             "students": {c["student"]: label_of("students", c["student"]) for c in cells},
             "recipes": {c["recipe"]: label_of("recipes", c["recipe"]) for c in cells},
         },
-        "swept": {
-            m: config["methods"][m]["swept"]
-            for m in {c["method"] for c in cells}
-            if "swept" in config["methods"][m]
-        },
+        "swept": swept_of(c["method"] for c in cells),
     }
 
 
@@ -367,9 +368,8 @@ def plot_accuracy_settings(w):
 
 @settings_for
 def plot_sweep_settings(w):
-    methods = {c["method"] for c in table_cells(figure_of(w)["table"])}
-    swept = {m: config["methods"][m]["swept"] for m in methods if "swept" in config["methods"][m]}
-    return {**plot_accuracy_settings(w), "swept": swept}
+    methods = (c["method"] for c in table_cells(figure_of(w)["table"]))
+    return {**plot_accuracy_settings(w), "swept": swept_of(methods)}
 
 
 def gallery_input(w):
@@ -384,11 +384,10 @@ def gallery_input(w):
 
 @settings_for
 def plot_gallery_settings(w):
-    sets = expand_methods(figure_of(w)["methods"])
     return {
         "figure": figure_of(w),
         "labels": appearance(),
-        "swept": {m: config["methods"][m]["swept"] for m in sets if "swept" in config["methods"][m]},
+        "swept": swept_of(expand_methods(figure_of(w)["methods"])),
         "expected": expected_sets(w),
     }
 

@@ -21,21 +21,34 @@ RUN_DEPENDENT = ("logs", "benchmarks", "checkpoints")
 """Folders below results/smoke that tell of one run: when, how long, on what."""
 
 
+def _command(directory: Path, *arguments: str, root: Path = ROOT, preset: str = "smoke") -> list[str]:
+    """The arguments stand behind the preset's file, so a target must not be the first of them."""
+    command = [sys.executable, "-m", "snakemake", "-s", str(root / "Snakefile")]
+    configuration = ["--configfile", str(root / f"presets/{preset}.yaml")] if preset else []
+    return [*command, "--directory", str(directory), *configuration, *arguments]
+
+
 def run_snakemake(directory: Path, *arguments: str, root: Path = ROOT, preset: str = "smoke", **options):
     """Run Snakemake with its working files and results in `directory`; never raises."""
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "-s",
-        str(root / "Snakefile"),
-        "--directory",
-        str(directory),
-    ]
-    command += ["--configfile", str(root / f"presets/{preset}.yaml")] if preset else []
     environment = {**os.environ, "WMDD_COMMIT": "tests"}
     return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, env=environment, cwd=root, **options
+        _command(directory, *arguments, root=root, preset=preset),
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=root,
+        **options,
+    )
+
+
+def start_snakemake(directory: Path, **environment: str) -> subprocess.Popen:
+    """Start the smoke preset on two cores in a process group of its own, to be interrupted or killed."""
+    return subprocess.Popen(
+        _command(directory, "--cores", "2"),
+        env={**os.environ, "WMDD_COMMIT": "tests", **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
 
 

@@ -10,14 +10,13 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, fingerprint, run_snakemake
+from conftest import ROOT, fingerprint, run_snakemake, start_snakemake
 from PIL import Image
 
 pytestmark = pytest.mark.workflow
@@ -41,12 +40,7 @@ def saved_since(directory: Path, start: float) -> bool:
 
 def kill_run(directory: Path, reached: Callable[[], bool], delay: float) -> None:
     """Start the smoke workflow and kill all of it, `delay` seconds after `reached()` first holds."""
-    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--cores", "2"]
-    command += ["--directory", str(directory), "--configfile", str(ROOT / "presets/smoke.yaml")]
-    environment = {**os.environ, "WMDD_COMMIT": "tests", "WMDD_SAVE_EVERY": "0"}  # save after every step
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )
+    process = start_snakemake(directory, WMDD_SAVE_EVERY="0")  # save after every step
     deadline = time.monotonic() + 300
     while not reached() and process.poll() is None:
         assert time.monotonic() < deadline, "no progress in five minutes"

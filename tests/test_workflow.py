@@ -7,14 +7,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, fingerprint, planned, run_snakemake
+from conftest import ROOT, fingerprint, planned, run_snakemake, start_snakemake
 
 pytestmark = pytest.mark.workflow
 
@@ -82,19 +80,14 @@ def test_checkpoints_are_gone_after_success(smoke):
 
 def test_interrupted_and_completed_on_one_core_equals_undisturbed_on_two(smoke, tmp_path):
     """Ctrl-C, then a rerun: the same bytes, whatever was cut off and however many jobs run at once."""
-    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(tmp_path)]
-    command += ["--configfile", str(ROOT / "presets/smoke.yaml"), "--cores", "2"]
-    environment = {**os.environ, "WMDD_COMMIT": "tests"}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = start_snakemake(tmp_path)
     features = tmp_path / "results/smoke/digits/features/convnet/features.npy"
     deadline = time.monotonic() + 120
     while not features.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(3)
     os.killpg(process.pid, signal.SIGINT)
-    process.wait(timeout=120)
+    process.communicate(timeout=120)
     assert process.returncode != 0
     done = run_snakemake(tmp_path, "--cores", "1")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -142,7 +135,7 @@ def test_the_engines_own_report_needs_no_number_of_cores(smoke, tmp_path):
     assert {"main.csv", "accuracy.png", "gallery.png", "index.html"} <= held
     for suffix in ("csv", "md", "tex"):  # its threads are all cores there are
         (own / f"results/smoke/report/tables/efficiency.{suffix}").touch()
-    done = run_snakemake(own, "efficiency", "--report", str(tmp_path / "other.zip"))
+    done = run_snakemake(own, "--report", str(tmp_path / "other.zip"), "efficiency")
     assert "set it with --cores" not in done.stdout + done.stderr
 
 

@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import platform
-import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ import jinja2
 from wmdd_core.artifacts import write_text
 from wmdd_core.errors import UserError
 from workflow_scripts.job import Job, run
+from workflow_scripts.plain_tables import from_markdown, numeric_columns
 from workflow_scripts.tabulate_accuracy import (
     COLUMNS,
     MISSING,
@@ -102,25 +102,19 @@ def accuracy_table(rows: Sequence[Row], labels: Mapping, swept: Mapping) -> dict
 
 def plain_table(text: str) -> dict:
     """Any other table and its notes, from the Markdown that `plain_tables.write_table` writes."""
-    blocks = text.strip().split("\n\n")
-    (table,) = (b for b in blocks if b.startswith("| "))
-    head, rule, *lines = (
-        [field.replace("\\|", "|") for field in re.split(r" (?<!\\)\| ", line[2:-2])]
-        for line in table.splitlines()
-    )
-    numeric = [r.endswith(":") for r in rule]
-    shown = [
-        {"stub": line[:1], "cells": [cell(t, numeric=n) for t, n in zip(line[1:], numeric[1:], strict=True)]}
+    shown, notes = from_markdown(text)
+    numeric, (head, *lines) = numeric_columns(shown)[1:], shown
+    rows = [
+        {"stub": line[:1], "cells": [cell(t, numeric=n) for t, n in zip(line[1:], numeric, strict=True)]}
         for line in lines
     ]
+    columns = [{"text": t, "numeric": n, "aligned": False} for t, n in zip(head[1:], numeric, strict=True)]
     return {
         "stub": head[:1],
         "spans": [],
-        "columns": [
-            {"text": t, "numeric": n, "aligned": False} for t, n in zip(head[1:], numeric[1:], strict=True)
-        ],
-        "groups": [{"title": "", "rows": shown}],
-        "notes": [b for b in blocks if not b.startswith(("# ", "| "))],
+        "columns": columns,
+        "groups": [{"title": "", "rows": rows}],
+        "notes": notes,
     }
 
 

@@ -14,11 +14,8 @@ from wmdd_core.augmentation import normalise
 from wmdd_core.data import ImageStore
 from wmdd_core.models import Classifier
 from workflow_scripts.job import Job
-from workflow_scripts.real_images import normalisation
+from workflow_scripts.real_images import images_per_pass, normalisation
 from workflow_scripts.tabulate_accuracy import check_dataset, check_lineage, check_place, listed
-
-BATCH_SIZE = 250
-"""Images in a forward pass: memory, not meaning."""
 
 
 @dataclass(frozen=True)
@@ -69,5 +66,5 @@ def real_of_class(store: ImageStore, c: int) -> Tensor:
 def embed_images(model: Classifier, images: Tensor, description: Mapping, device: torch.device) -> Tensor:
     """Features of whole, unaugmented images by a frozen network: uint8 (N, 3, R, R) → float64 (N, D), CPU."""
     mean, std = normalisation(description)
-    batches = (normalise(part.to(device), mean, std) for part in images.split(BATCH_SIZE))
+    batches = (normalise(part.to(device), mean, std) for part in images.split(images_per_pass(device)))
     return torch.cat([model.features(batch).double().cpu() for batch in batches])

@@ -8,9 +8,6 @@ from wmdd_core.models import freeze
 from workflow_scripts.job import Job, run
 from workflow_scripts.real_images import in_order, load_teacher, open_images, read_description
 
-BATCH_SIZE = 32
-"""Images in a forward pass: memory, not meaning; so few that activations stay in the caches of a CPU."""
-
 
 def main(job: Job) -> None:
     device = job.device()
@@ -24,7 +21,7 @@ def main(job: Job) -> None:
     features = progress.array(np.float32, shape)
     statistics = extract_features(
         freeze(teacher),
-        lambda start: in_order(store, description, device, start, BATCH_SIZE),
+        lambda start: in_order(store, description, device, start),
         features,
         len(description["classes"]),
         progress=progress,

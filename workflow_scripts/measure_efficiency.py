@@ -27,7 +27,6 @@ from wmdd_core.models import build_model, freeze
 from wmdd_core.recovery import RecoverySettings, recover_images
 from wmdd_core.seeding import numpy_generator
 from wmdd_core.timing import RESIDENT_MEMORY, IterationTimer, describe_machine, peak_memory, timed
-from workflow_scripts.extract_features import BATCH_SIZE
 from workflow_scripts.job import Job, precision, run
 from workflow_scripts.plain_tables import write_table
 from workflow_scripts.real_images import (
@@ -134,7 +133,7 @@ def measure_preparation(job: Job) -> Measured:
 
     def extract() -> None:
         def batches(start: int):
-            return in_order(store, description, device, start, BATCH_SIZE)
+            return in_order(store, description, device, start)
 
         extract_features(freeze(teacher), batches, features, classes).statistics()
 
@@ -145,8 +144,6 @@ def measure_preparation(job: Job) -> Measured:
             generator = numpy_generator(seed, dataset, "barycenter", c, 1)
             wasserstein_barycenter(points, 1, generator=generator, **job.settings["barycenter"])
 
-    # The first barycenter of a process imports the transport solver; that is no part of the method.
-    wasserstein_barycenter(np.eye(3), 1, generator=numpy_generator(0))
     seconds = [timed(extract, device)[1], timed(compute)[1] if job.settings["barycenter"] else 0.0]
     return Measured(seconds, *peak_memory(device), describe_machine(device))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
@@ -43,6 +44,17 @@ def as_markdown(shown: Shown, title: str, notes: Sequence[str]) -> str:
     rule = line("---:" if right else "---" for right in numeric_columns(shown))
     lines = [f"# {title}", "", line(shown[0]), rule, *map(line, shown[1:])]
     return "\n".join([*lines, *(part for note in notes for part in ("", note))]) + "\n"
+
+
+def from_markdown(text: str) -> tuple[list[list[str]], list[str]]:
+    """The lines and the notes that `as_markdown` wrote; a missing field is `MISSING`."""
+    blocks = text.strip().split("\n\n")
+    (table,) = (b for b in blocks if b.startswith("| "))
+    head, _, *lines = (
+        [field.replace("\\|", "|") for field in re.split(r" (?<!\\)\| ", line[2:-2])]
+        for line in table.splitlines()
+    )
+    return [head, *lines], [b for b in blocks if not b.startswith(("# ", "| "))]
 
 
 def as_latex(shown: Shown, notes: Sequence[str]) -> str:

@@ -4,9 +4,8 @@ import numpy as np
 
 from wmdd_core.artifacts import read_tensors, write_json
 from wmdd_core.relabeling import ViewSettings, label_views
-from workflow_scripts.extract_features import BATCH_SIZE
 from workflow_scripts.job import Job, precision, run
-from workflow_scripts.real_images import load_teacher, normalisation, read_description
+from workflow_scripts.real_images import images_per_pass, load_teacher, normalisation, read_description
 
 
 def main(job: Job) -> None:
@@ -27,7 +26,7 @@ def main(job: Job) -> None:
         *normalisation(description),
         labels,
         teacher_mode=settings["teacher_mode"],
-        batch_size=settings.get("batch_size", BATCH_SIZE),
+        batch_size=settings.get("batch_size", images_per_pass(device)),
         precision=precision(settings, device),
         progress=progress,
     )
