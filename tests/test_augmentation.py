@@ -1,5 +1,6 @@
 """Views against torchvision-style cropping and interpolation, and CutMix against a written-out case."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,9 @@ from wmdd_core.augmentation import (
     draw_views,
     mix_views,
     normalise,
-    quantise,
     view_batch,
 )
+from wmdd_core.data import quantise
 from wmdd_core.seeding import torch_generator
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
@@ -106,5 +107,12 @@ def test_gradients_flow_through_views():
 
 
 def test_quantise_inverts_normalise():
-    x = images(5, 8)
-    assert torch.equal(quantise(normalise(x, MEAN, STD), MEAN, STD), x)
+    x = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
+    stored = quantise(normalise(x, MEAN, STD).numpy(), MEAN.tolist(), STD.tolist())
+    assert stored.dtype == np.uint8
+    np.testing.assert_array_equal(stored, x.numpy())
+
+
+def test_quantise_rounds_to_the_nearest_and_clips():
+    x = np.full((1, 3, 1, 1), [[[-9.0]], [[0.004]], [[9.0]]], dtype=np.float32)
+    assert quantise(x, [0, 0, 0], [1, 1, 1]).ravel().tolist() == [0, 1, 255]

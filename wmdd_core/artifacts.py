@@ -147,21 +147,22 @@ def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def write_tensors(path: Path | str, tensors: Mapping, header: Mapping) -> None:
-    """Write named PyTorch tensors as safetensors; the header is the metadata's one entry."""
-    from safetensors.torch import save_file
+    """Write named PyTorch tensors or NumPy arrays as safetensors; the header is the metadata's one entry."""
+    from safetensors.numpy import save_file
 
+    arrays = {n: t.detach().cpu().numpy() if hasattr(t, "detach") else t for n, t in tensors.items()}
     with replacing(path) as temporary:
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in tensors.items()},
-            temporary,
-            {"header": canonical(header)},
-        )
+        contiguous = {n: np.asarray(a, order="C") for n, a in arrays.items()}
+        save_file(contiguous, temporary, {"header": canonical(header)})
 
 
-def read_tensors(path: Path | str) -> tuple[dict, dict]:
-    """Read tensors (on the CPU) and header of a file made by `write_tensors`."""
+def read_tensors(path: Path | str, framework: str = "pt") -> tuple[dict, dict]:
+    """Read tensors (on the CPU) and header of a file made by `write_tensors`.
+
+    `framework` "np" gives NumPy arrays, without PyTorch.
+    """
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework=framework) as file:
         header = json.loads((file.metadata() or {}).get("header", "{}"))
         return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118

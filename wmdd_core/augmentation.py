@@ -186,9 +186,3 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 (N, 3, R, R) → float32 with (x / 255 − mean) / std for each channel."""
     mean, std = (v.to(images.device).view(3, 1, 1) for v in (mean, std))
     return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-def quantise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The inverse of `normalise`, rounded and clipped: float (N, 3, R, R) → uint8."""
-    mean, std = (v.to(images.device).view(3, 1, 1) for v in (mean, std))
-    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

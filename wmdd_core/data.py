@@ -34,6 +34,7 @@ __all__ = [
     "decode_to",
     "describe",
     "open_source",
+    "quantise",
     "read_image_folder",
 ]
 
@@ -279,6 +280,15 @@ def decode_to(
             f"{path} cannot be written ({error.strerror}); it needs {math.prod(shape) / 1e6:,.0f} MB in a "
             "folder that you may write to"
         ) from error
+
+
+def quantise(images: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Normalised images, float32 (N, 3, R, R), as they are stored: uint8, rounded and clipped.
+
+    The inverse of `wmdd_core.augmentation.normalise`, without PyTorch.
+    """
+    mean, std = (np.asarray(v, images.dtype)[:, None, None] for v in (mean, std))
+    return np.clip(np.round((images * std + mean) * 255), 0, 255).astype(np.uint8)
 
 
 class ImageStore:

@@ -3,11 +3,10 @@
 from wmdd_core.data import decode_to
 from wmdd_core.sources import open_source
 from workflow_scripts.job import Job, run
-from workflow_scripts.real_images import read_description
 
 
 def main(job: Job) -> None:
-    description = read_description(job)
+    description = job.description()
     skip = [u["file"] for u in description["unreadable"]]
     source = open_source(job.settings, job.wildcards["split"], skip)
     decode_to(job.output["images"], source, job.settings["resolution"], workers=job.threads)

@@ -8,7 +8,7 @@ from wmdd_core.baselines import distil_dc, distil_dm, noise_images
 from wmdd_core.models import build_model
 from workflow_scripts.job import Job, run
 from workflow_scripts.pretrain_teacher import network_of
-from workflow_scripts.real_images import normalisation, open_images, read_description
+from workflow_scripts.real_images import normalisation, open_images
 from workflow_scripts.select_images import draw_random
 
 
@@ -17,7 +17,7 @@ def main(job: Job) -> None:
     kind, seed, network = settings.pop("kind"), settings.pop("seed"), settings.pop("network")
     settings["strategy"] = settings.pop("augmentation")
     dataset, ipc, device = job.wildcards["dataset"], int(job.wildcards["ipc"]), job.device()
-    description = read_description(job)
+    description = job.description()
     classes = len(description["classes"])
     mean, std = normalisation(description)
     store = open_images(job, description, "train")

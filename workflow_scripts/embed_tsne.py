@@ -26,7 +26,7 @@ from workflow_scripts.drawing import new_figure, save
 from workflow_scripts.job import Job, precision, run
 from workflow_scripts.plot_accuracy import names_of
 from workflow_scripts.pretrain_teacher import network_of, schedule_of
-from workflow_scripts.real_images import normalisation, open_images, read_description, resident
+from workflow_scripts.real_images import normalisation, open_images, resident
 
 REAL_SHOWN = 100
 """Most real images drawn of a class."""
@@ -231,7 +231,7 @@ def shown_classes(figure: Mapping, total: int) -> list[int]:
 
 
 def main(job: Job) -> None:
-    figure, device, description = job.settings["figure"], job.device(), read_description(job)
+    figure, device, description = job.settings["figure"], job.device(), job.description()
     classes = shown_classes(figure, len(description["classes"]))
     store = open_images(job, description, "train")
     real, labels = resident(store, device)

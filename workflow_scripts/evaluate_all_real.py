@@ -9,7 +9,6 @@ from workflow_scripts.pretrain_teacher import network_of, schedule_of
 from workflow_scripts.real_images import (
     normalisation,
     open_images,
-    read_description,
     resident,
     training_batches,
 )
@@ -17,7 +16,7 @@ from workflow_scripts.real_images import (
 
 def main(job: Job) -> None:
     recipe, device = job.settings["recipe"], job.device()
-    description = read_description(job)
+    description = job.description()
     mean, std = normalisation(description)
     inputs = [description["header"]]
     names = (job.settings["seed"], job.wildcards["dataset"], "all real", job.wildcards["seed"])

@@ -24,7 +24,6 @@ from workflow_scripts.real_images import (
     load_teacher,
     normalisation,
     open_images,
-    read_description,
     resident,
 )
 
@@ -74,7 +73,7 @@ def train_student(
 
 
 def main(job: Job) -> None:
-    device, description = job.device(), read_description(job)
+    device, description = job.device(), job.description()
     distilled, distilled_header = read_tensors(job.input["images"])
     inputs = [description["header"], distilled_header]
     labeller = job.input.get("labels")

@@ -6,12 +6,12 @@ from wmdd_core.artifacts import write_json, write_tensors
 from wmdd_core.features import extract_features
 from wmdd_core.models import freeze
 from workflow_scripts.job import Job, run
-from workflow_scripts.real_images import in_order, load_teacher, open_images, read_description
+from workflow_scripts.real_images import in_order, load_teacher, open_images
 
 
 def main(job: Job) -> None:
     device = job.device()
-    description = read_description(job)
+    description = job.description()
     teacher, teacher_header = load_teacher(job.input["teacher"], device)
     store = open_images(job, description, "train")
     inputs = [description["header"], teacher_header]

@@ -3,13 +3,12 @@
 import shutil
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from wmdd_core.artifacts import read_tensors, replacing, write_json, write_tensors, write_text
-from wmdd_core.augmentation import quantise
+from wmdd_core.data import quantise
 from wmdd_core.errors import UserError
 from workflow_scripts.job import Job, run
-from workflow_scripts.real_images import normalisation, read_description
 
 
 def folder_name(name: str) -> str:
@@ -17,7 +16,7 @@ def folder_name(name: str) -> str:
     return name.replace("/", "_")
 
 
-def write_png(path: str, images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> None:
+def write_png(path: str, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> None:
     """uint8 images as an ImageFolder, `<class>/<number>.png`."""
     from PIL import Image
 
@@ -27,7 +26,7 @@ def write_png(path: str, images: torch.Tensor, labels: torch.Tensor, classes: li
         for image, label in zip(images, labels.tolist(), strict=True):
             folder = Path(temporary) / folder_name(classes[label])
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{numbers[label]:04d}.png")
+            Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{numbers[label]:04d}.png")
             numbers[label] += 1
 
 
@@ -36,33 +35,32 @@ def write_losses(path: str, shards: list[dict], every: int = 10) -> None:
     names = [n for n in ("feature_loss", "ce_loss", "bn_loss") if n in shards[0]]
     lines = [",".join(["iteration", *names])]
     if names:
-        summed = torch.stack([sum(s[n].double().sum(1) for s in shards) for n in names], 1)
+        summed = np.stack([sum(s[n].sum(1, dtype=np.float64) for s in shards) for n in names], 1)
         steps = sorted({*range(0, len(summed), every), len(summed) - 1})
         lines += [",".join([str(i + 1), *(f"{v:.6g}" for v in summed[i].tolist())]) for i in steps]
     write_text(path, "\n".join(lines) + "\n")
 
 
 def main(job: Job) -> None:
-    description = read_description(job)
-    mean, std = normalisation(description)
+    description = job.description()
     paths = job.input["shards"] if isinstance(job.input["shards"], list) else [job.input["shards"]]
-    parts, headers = zip(*(read_tensors(p) for p in paths), strict=True)
-    labels, index, weights = (torch.cat([p[n] for p in parts]) for n in ("labels", "index", "weights"))
-    images = torch.cat([p["images"] for p in parts])
+    parts, headers = zip(*(read_tensors(p, "np") for p in paths), strict=True)
+    labels, index, weights = (np.concatenate([p[n] for p in parts]) for n in ("labels", "index", "weights"))
+    images = np.concatenate([p["images"] for p in parts])
     ipc, classes = int(job.wildcards["ipc"]), description["classes"]
     order = (labels * ipc + index).argsort()
     images, labels, weights = images[order], labels[order], weights[order]
-    if not torch.equal(labels, torch.arange(len(classes)).repeat_interleave(ipc)):
+    if not np.array_equal(labels, np.repeat(np.arange(len(classes)), ipc)):
         raise UserError(
             f"the shards of {job.wildcards['method']} do not hold {ipc} images of each class; delete them"
         )
-    if not images.isfinite().all():
+    if not np.isfinite(images).all():
         raise UserError(
             f"the shards of {job.wildcards['method']} hold pixels that are not finite; delete them"
         )
-    images = quantise(images, mean, std)
+    images = quantise(images, description["mean"], description["std"])
     # A shard of some of a class's images has normalised their weights among themselves.
-    weights = weights / torch.zeros(len(classes), dtype=weights.dtype).index_add_(0, labels, weights)[labels]
+    weights = weights / np.bincount(labels, weights)[labels]
 
     header = job.header(
         [description["header"], *headers],
@@ -74,7 +72,7 @@ def main(job: Job) -> None:
         std=description["std"],
         png_folders=[folder_name(name) for name in classes],
     )
-    tensors = {"images": images, "labels": labels, "weights": weights.float()}
+    tensors = {"images": images, "labels": labels, "weights": weights.astype(np.float32)}
     write_tensors(job.output["images"], tensors, header)
     write_json(job.output["header"], {"tensors": {n: list(t.shape) for n, t in tensors.items()}}, header)
     write_losses(job.output["losses"], list(parts))

@@ -10,11 +10,11 @@ from wmdd_core.augmentation import normalise
 from wmdd_core.data import read_image_folder
 from wmdd_core.errors import UserError
 from workflow_scripts.job import Job, run
-from workflow_scripts.real_images import normalisation, read_description
+from workflow_scripts.real_images import normalisation
 
 
 def main(job: Job) -> None:
-    description, ipc = read_description(job), int(job.wildcards["ipc"])
+    description, ipc = job.description(), int(job.wildcards["ipc"])
     path, classes = job.settings["external"].replace("{ipc}", str(ipc)), description["classes"]
     images, labels = read_image_folder(path, classes, description["resolution"])
     for name, count in zip(classes, np.bincount(labels, minlength=len(classes)), strict=True):

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from wmdd_core.artifacts import digest, make_header
+from wmdd_core.artifacts import digest, make_header, read_json
 from wmdd_core.errors import UserError
 from wmdd_core.progress import Progress
 
@@ -59,6 +59,10 @@ class Job:
     def name(self) -> str:
         """Rule and wildcards, as paths below a folder are made of them."""
         return "/".join([self.rule, *(f"{key}-{value}" for key, value in self.wildcards.items())])
+
+    def description(self) -> dict:
+        """The dataset's description among the inputs."""
+        return read_json(self.input["description"])
 
     def header(self, inputs: Iterable[Mapping] = (), **more: object) -> dict:
         """The header of this job's artefacts; `inputs` are the headers of what it read."""

@@ -31,7 +31,7 @@ from workflow_scripts.drawing import line_styles, new_figure, save
 from workflow_scripts.evaluate_student import train_student
 from workflow_scripts.job import Job, run
 from workflow_scripts.plot_accuracy import names_of
-from workflow_scripts.real_images import load_teacher, open_images, read_description
+from workflow_scripts.real_images import load_teacher, open_images
 from workflow_scripts.tabulate_accuracy import check_lineage, check_place, listed
 
 Embedding = tuple[Classifier, Tensor, Callable[[int], Tensor]]
@@ -203,7 +203,7 @@ def measure_set(own: DistilledSet, networks: Mapping[str, Embedding], classes: i
 
 
 def main(job: Job) -> None:
-    device, description = job.device(), read_description(job)
+    device, description = job.device(), job.description()
     teacher, teacher_header = load_teacher(job.input["teacher"], device)
     index = read_json(job.input["index"])
     check_artefact(job, description, job.input["teacher"], teacher_header)

@@ -34,7 +34,6 @@ from workflow_scripts.real_images import (
     load_teacher,
     normalisation,
     open_images,
-    read_description,
 )
 from workflow_scripts.recover_images import build_shard
 from workflow_scripts.select_images import draw_random
@@ -69,7 +68,7 @@ def measure_method(job: Job, method: str) -> Measured:
 def run_recovery(job: Job, settings: dict, timer: IterationTimer) -> None:
     """WMDD, SRe2L and every other method of the recovery loop, as `recover_images` runs it."""
     settings.pop("kind")
-    description, device, start = read_description(job), timer.device, settings.pop("start")
+    description, device, start = job.description(), timer.device, settings.pop("start")
     mean, std = normalisation(description)
     unused = () if settings["feature_term"] == "barycenter" else ("barycenters",)
     teacher, _ = load_teacher(job.input["teacher"], device)
@@ -98,7 +97,7 @@ def run_recovery(job: Job, settings: dict, timer: IterationTimer) -> None:
 
 def run_baseline(job: Job, settings: dict, timer: IterationTimer) -> None:
     """DM or DC as `distil_baseline` runs it, but with the teacher's network."""
-    kind, description, device = settings.pop("kind"), read_description(job), timer.device
+    kind, description, device = settings.pop("kind"), job.description(), timer.device
     seed, dataset, classes = job.settings["seed"], job.settings["dataset"], len(description["classes"])
     settings["strategy"] = settings.pop("augmentation")
     mean, std = normalisation(description)
@@ -125,7 +124,7 @@ def run_baseline(job: Job, settings: dict, timer: IterationTimer) -> None:
 
 def measure_preparation(job: Job) -> Measured:
     """Time what precedes recovery, in seconds: features with BatchNorm statistics, then barycenters."""
-    description, device = read_description(job), job.device()
+    description, device = job.description(), job.device()
     store = open_images(job, description, "train")
     teacher, _ = load_teacher(job.input["teacher"], device)
     classes = len(description["classes"])
@@ -249,7 +248,7 @@ def describe(
 def main(job: Job) -> None:
     methods = job.settings["methods"]
     published = {row["method"]: row for row in read_rows(PUBLISHED)}
-    description = read_description(job)
+    description = job.description()
     _, teacher_header = load_teacher(job.input["teacher"], torch.device("cpu"))
     header = job.header([description["header"], teacher_header])
 

@@ -17,7 +17,7 @@ from wmdd_core.artifacts import read_tensors, write_text
 from wmdd_core.errors import UserError
 from workflow_scripts.drawing import DPI, new_figure, save
 from workflow_scripts.job import Job, run
-from workflow_scripts.real_images import open_images, read_description
+from workflow_scripts.real_images import open_images
 from workflow_scripts.tabulate_accuracy import SYMBOLS, check_dataset, check_lineage, check_place, listed
 
 CLASSES_SHOWN = 10
@@ -242,7 +242,7 @@ def write_titles(axes: Axes, band: Placed) -> None:
 
 
 def main(job: Job) -> None:
-    figure, description = job.settings["figure"], read_description(job)
+    figure, description = job.settings["figure"], job.description()
     classes, count = shown_classes(figure, description), figure.get("images", IMAGES_SHOWN)
     real = real_block(job, description, classes, count)
     blocks = [distilled_block(p, job, description, classes, count) for p in listed(job.input["images"])]

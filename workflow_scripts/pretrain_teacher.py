@@ -22,7 +22,6 @@ from workflow_scripts.job import Job, precision, run
 from workflow_scripts.real_images import (
     normalisation,
     open_images,
-    read_description,
     resident,
     training_batches,
 )
@@ -123,7 +122,7 @@ def normalised_together(model: nn.Module, device: torch.device) -> nn.Module:
 
 def train(job: Job, device: torch.device) -> None:
     settings = job.settings
-    description = read_description(job)
+    description = job.description()
     test, test_labels = resident(open_images(job, description, "test"), device)
     mean, std = normalisation(description)
     names = (settings["seed"], job.wildcards["dataset"], "teacher", job.wildcards["teacher"])

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wmdd_core.artifacts import read_json
 from wmdd_core.augmentation import normalise
 from wmdd_core.data import ImageStore
 from wmdd_core.models import Classifier, build_model, load_weights
@@ -84,8 +83,3 @@ def load_teacher(path: str, device: torch.device) -> tuple[Classifier, dict]:
     model = build_model(**header["network"], seed=0)
     load_weights(model, weights, path)
     return model.to(device), header
-
-
-def read_description(job: Job) -> dict:
-    """The dataset's description among the inputs."""
-    return read_json(job.input["description"])

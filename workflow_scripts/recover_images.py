@@ -10,7 +10,7 @@ from wmdd_core.models import freeze
 from wmdd_core.recovery import RecoverySettings, Shard, recover_images
 from wmdd_core.sharding import shard_members
 from workflow_scripts.job import Job, precision, run
-from workflow_scripts.real_images import load_teacher, normalisation, open_images, read_description
+from workflow_scripts.real_images import load_teacher, normalisation, open_images
 from workflow_scripts.select_images import draw_random
 
 
@@ -63,7 +63,7 @@ def main(job: Job) -> None:
     seed, sharding, start = settings.pop("seed"), settings.pop("sharding"), settings.pop("start")
     settings.pop("precision", None)  # `precision` reads it from the job's
     device = job.device()
-    description = read_description(job)
+    description = job.description()
     teacher, teacher_header = load_teacher(job.input["teacher"], device)
     mean, std = normalisation(description)
     place = (int(job.wildcards["ipc"]), sharding["batch_size"], sharding["batch_layout"])

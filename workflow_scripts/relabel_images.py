@@ -5,12 +5,12 @@ import numpy as np
 from wmdd_core.artifacts import read_tensors, write_json
 from wmdd_core.relabeling import ViewSettings, label_views
 from workflow_scripts.job import Job, precision, run
-from workflow_scripts.real_images import images_per_pass, load_teacher, normalisation, read_description
+from workflow_scripts.real_images import images_per_pass, load_teacher, normalisation
 
 
 def main(job: Job) -> None:
     settings, device = job.settings, job.device()
-    description = read_description(job)
+    description = job.description()
     teacher, teacher_header = load_teacher(job.input["teacher"], device)
     tensors, distilled_header = read_tensors(job.input["images"])
     images = tensors["images"].to(device)

@@ -10,7 +10,7 @@ from wmdd_core.data import ImageStore
 from wmdd_core.errors import UserError
 from wmdd_core.seeding import derive_seed, torch_generator
 from workflow_scripts.job import Job, run
-from workflow_scripts.real_images import normalisation, open_images, read_description
+from workflow_scripts.real_images import normalisation, open_images
 
 
 def random_rows(store: ImageStore, c: int, seed: int, dataset: str) -> Tensor:
@@ -45,7 +45,7 @@ def nearest_rows(features: np.ndarray, count: int, seed: int) -> Tensor:
 
 def main(job: Job) -> None:
     dataset, ipc, seed = job.wildcards["dataset"], int(job.wildcards["ipc"]), job.settings["seed"]
-    description = read_description(job)
+    description = job.description()
     for name, count in zip(description["classes"], description["train"]["per_class"], strict=True):
         if count < ipc:
             raise UserError(
