@@ -85,6 +85,7 @@ evaluate_student 99
 
 def test_states_follow_from_lock_log_and_benchmark(jobs):
     running, failed, changed, new = jobs
+    write(new.log, "")  # of a job that has not taken its lock yet
     for job in (running, failed, changed):
         write(job.log, "begun\n1/5 loss 0.5\n\n", age=100)
     write(changed.benchmark, BENCHMARK.format(7), age=50)  # finished, with other settings

@@ -57,8 +57,8 @@ class Planned:
         """`running`, `failed` or `to do`."""
         if is_held(self.lock):
             return "running"
-        if not self.log.exists():
-            return "to do"
+        if not self.log.exists() or not self.log.stat().st_size:
+            return "to do"  # an empty log is that of a job in its first seconds, which has no lock yet
         finished = self.benchmark.exists() and self.benchmark.stat().st_mtime >= self.log.stat().st_mtime
         return "to do" if finished else "failed"  # finished, but by settings that have changed since
 
