@@ -11,12 +11,14 @@ demo: install ## distil the embedded digits and build results/report/index.html
 	@cat results/report/tables/main.md
 	@echo "The page: results/report/index.html"
 
-test: install-dev ## lint, formats and tests, but for those on a Slurm: `make test-slurm`
+# One more process than cores, since one mostly waits for Slurm.
+test: install-dev ## lint, formats and tests, on a Slurm of their own too where there can be one
+	tests/slurm/install.sh
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CORES) --dist loadfile -m "not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $$(($(CORES) + 1)) --dist loadfile -m "not large"
 
 format: install-dev ## bring Python and Snakemake files into shape
 	$(BIN)/ruff check --fix .
@@ -37,7 +39,7 @@ $(VENV)/.installed-dev: requirements.txt requirements-dev.txt $(VENV)/.installed
 
 .PHONY: test-slurm status
 
-test-slurm: install-dev ## all tests on a Slurm that they start themselves, the large ones too
+test-slurm: install-dev ## the tests on a Slurm alone, with those that `make test` leaves out
 	tests/slurm/install.sh
 	$(BIN)/pytest tests/slurm
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,10 +43,10 @@ def run_snakemake(directory: Path, *arguments: str, root: Path = ROOT, preset: s
     )
 
 
-def start_snakemake(directory: Path, **environment: str) -> subprocess.Popen:
-    """Start the smoke preset on two cores in a process group of its own, to be interrupted or killed."""
+def start_snakemake(directory: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    """Start the smoke preset in a process group of its own, to be interrupted or killed."""
     return subprocess.Popen(
-        _command(directory, "--cores", "2"),
+        _command(directory, *arguments),
         env={**os.environ, "WMDD_COMMIT": "tests", **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -77,8 +79,16 @@ def fingerprint(directory: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory) -> Path:
-    """A folder in which the smoke preset has been run with two cores."""
-    directory = tmp_path_factory.mktemp("smoke")
-    done = run_snakemake(directory, "--cores", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return directory
+    """A folder in which the smoke preset has been run with two cores.
+
+    One process of tests does so for all of them; each has a copy, in which its tests may make more.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with open(shared / "smoke.lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        if not (shared / "smoke-made").exists():
+            done = run_snakemake(shared / "smoke-run", "--cores", "2")
+            assert done.returncode == 0, done.stdout + done.stderr
+            (shared / "smoke-run").rename(shared / "smoke-made")
+    return Path(shutil.copytree(shared / "smoke-made", own / "smoke"))

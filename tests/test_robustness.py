@@ -19,6 +19,8 @@ import pytest
 from conftest import ROOT, fingerprint, run_snakemake, start_snakemake
 from PIL import Image
 
+from wmdd_core.progress import Progress
+
 pytestmark = pytest.mark.workflow
 
 
@@ -38,36 +40,40 @@ def saved_since(directory: Path, start: float) -> bool:
     return False
 
 
-def kill_run(directory: Path, reached: Callable[[], bool], delay: float) -> None:
-    """Start the smoke workflow and kill all of it, `delay` seconds after `reached()` first holds."""
-    process = start_snakemake(directory, WMDD_SAVE_EVERY="0")  # save after every step
+def stop_run(
+    directory: Path, cores: int, reached: Callable[[], bool], delay: float, by: signal.Signals
+) -> None:
+    """Start the smoke workflow and send `by` to all of it, `delay` seconds after `reached()` first holds."""
+    process = start_snakemake(directory, "--cores", str(cores), WMDD_SAVE_EVERY="0")  # save after every step
     deadline = time.monotonic() + 300
     while not reached() and process.poll() is None:
         assert time.monotonic() < deadline, "no progress in five minutes"
         time.sleep(0.02)
     time.sleep(delay)
-    os.killpg(process.pid, signal.SIGKILL)
-    told = process.communicate()[1].decode()
-    assert process.returncode == -signal.SIGKILL, told
+    os.killpg(process.pid, by)
+    told = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == (-by if by == signal.SIGKILL else 1), told
 
 
-def test_ten_kills_at_random_moments_change_no_byte(smoke, tmp_path):
+def test_ten_kills_and_ctrl_c_change_no_byte_on_one_core_or_two(smoke, tmp_path):
     """SIGKILL to Snakemake and all of its jobs, as a power cut does; then `--unlock`, as Snakemake says.
 
     Every other kill comes soon after a checkpoint, as most of a small job's time passes before its first.
+    Ctrl-C comes last and needs no `--unlock`. Runs take turns on one core and on two.
     """
     generator, resumed = random.Random(0), set()
-    for kill in range(10):
+    for kill in range(11):
         start, before = time.time(), finished_jobs(tmp_path)
-        more, share = generator.randint(0, 4), generator.random()
+        wanted, share = before + generator.randint(0, 4), generator.random()
+        by = signal.SIGKILL if kill < 10 else signal.SIGINT
         if kill % 2:
-            kill_run(tmp_path, lambda start=start: saved_since(tmp_path, start), 0.2 * share)
+            stop_run(tmp_path, 2, lambda start=start: saved_since(tmp_path, start), 0.2 * share, by)
         else:
-            wanted = before + more
-            kill_run(tmp_path, lambda wanted=wanted: finished_jobs(tmp_path) >= wanted, 3 * share)
+            stop_run(tmp_path, 1, lambda wanted=wanted: finished_jobs(tmp_path) >= wanted, 3 * share, by)
         print(f"kill {kill}, {time.time() - start:.2f} s: {finished_jobs(tmp_path) - before} jobs had ended")
-        unlocked = run_snakemake(tmp_path, "--unlock")
-        assert unlocked.returncode == 0, unlocked.stderr
+        if by == signal.SIGKILL:
+            unlocked = run_snakemake(tmp_path, "--unlock")
+            assert unlocked.returncode == 0, unlocked.stderr
         resumed |= resumed_jobs(tmp_path)
     done = run_snakemake(tmp_path, "--cores", "2")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -127,6 +133,18 @@ def test_a_full_disk_is_told_leaves_nothing_and_goes_on_when_there_is_room(small
     subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk / "results")], check=True)
     done = run_on_smoke(small_disk, images)
     assert done.returncode == 0 and (small_disk / images).stat().st_size > 276_000
+
+
+def test_an_array_that_the_disk_cannot_hold_is_refused_before_it_is_filled(small_disk):
+    """A map whose pages the disk does not have would end the job by SIGBUS in the middle of its work."""
+    path = small_disk / "results/labels.npy"
+    with pytest.raises(OSError, match="No space left on device") as refused:
+        Progress("labels", path.with_suffix(".pt")).array("float16", (1000, 200))
+    assert refused.value.filename == str(path) and not path.exists()
+    array = Progress("labels", path.with_suffix(".pt")).array("float16", (100, 200))
+    array[:] = 1
+    array.flush()
+    assert np.load(path).sum() == 20_000
 
 
 def heed_permissions() -> None:

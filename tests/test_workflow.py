@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import signal
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, fingerprint, planned, run_snakemake, start_snakemake
+from conftest import ROOT, planned, run_snakemake
 
 pytestmark = pytest.mark.workflow
 
@@ -76,22 +73,6 @@ def test_no_artefact_is_a_pickle(smoke):
 def test_checkpoints_are_gone_after_success(smoke):
     checkpoints = smoke / "results/smoke/checkpoints"
     assert [p for p in checkpoints.rglob("*") if p.is_file()] == []
-
-
-def test_interrupted_and_completed_on_one_core_equals_undisturbed_on_two(smoke, tmp_path):
-    """Ctrl-C, then a rerun: the same bytes, whatever was cut off and however many jobs run at once."""
-    process = start_snakemake(tmp_path)
-    features = tmp_path / "results/smoke/digits/features/convnet/features.npy"
-    deadline = time.monotonic() + 120
-    while not features.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(3)
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=120)
-    assert process.returncode != 0
-    done = run_snakemake(tmp_path, "--cores", "1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert fingerprint(tmp_path) == fingerprint(smoke)
 
 
 def test_a_set_made_elsewhere_runs_through_labels_students_and_tables(smoke):

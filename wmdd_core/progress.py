@@ -88,7 +88,7 @@ class Progress:
         """A memory-mapped array for the loop to fill, kept beside the checkpoint so that it survives a kill.
 
         Ask for it before `resume`: where it is missing or of another shape, what the checkpoint says of
-        it is void and the loop starts afresh.
+        it is void and the loop starts afresh. Raises `OSError`, with its name, on a full disk.
         """
         path = self.partial
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,15 @@ class Progress:
             if found.shape == shape and found.dtype == dtype:
                 return found
         self.checkpoint.unlink(missing_ok=True)
-        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        try:
+            # A map of a file without its blocks ends by a signal where the disk turns out to be full.
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            path.unlink()
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        return array
 
     @property
     def partial(self) -> Path:

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, fingerprint, run_snakemake
 from harness import FAILED, Cluster, Run, Unavailable, slurm_job_of, wait_until
 
-pytestmark = [pytest.mark.workflow, pytest.mark.slurm]
+pytestmark = pytest.mark.workflow
 
 SMOKE = ROOT / "presets/smoke.yaml"
 PART = (
@@ -347,7 +347,8 @@ def test_gpu_jobs_never_run_at_once_and_cpu_jobs_fill_in(part_of_smoke):
     assert_gpu_jobs_take_turns(part_of_smoke.jobs())
 
 
-def test_large_the_whole_smoke_preset(cluster, smoke, tmp_path):
+@pytest.mark.large
+def test_the_whole_smoke_preset(cluster, smoke, tmp_path):
     run = cluster.run(tmp_path / "whole")
     assert run.wait() == 0, run.told
     assert set(states(run.jobs())) == {"COMPLETED"}
@@ -408,7 +409,8 @@ def test_blocks_of_classes_give_the_bytes_of_a_job_per_class(hundred):
         assert np.array_equal(alone[name][0], among[name][49])
 
 
-def test_large_a_thousand_classes(cluster, tmp_path):
+@pytest.mark.large
+def test_a_thousand_classes(cluster, tmp_path):
     began = time.monotonic()
     run = begin_barycenters(cluster, tmp_path / "thousand", 1000, blocks_of_fifty(1000))
     assert run.wait() == 0, run.told
@@ -433,7 +435,8 @@ def test_large_a_thousand_classes(cluster, tmp_path):
 # ---- timing ----------------------------------------------------------------------------------
 
 
-def test_large_timed_methods_have_the_node_to_themselves(cluster, copy_of_smoke):
+@pytest.mark.large
+def test_timed_methods_have_the_node_to_themselves(cluster, copy_of_smoke):
     done = copy_of_smoke("timed")
     presets = overlay(done, "figures: {efficiency: {iterations: 5, projected_iterations: 10}}")
     table = "results/smoke/report/tables/efficiency.csv"
