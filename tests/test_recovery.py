@@ -273,6 +273,38 @@ def test_sre2l_is_its_published_loss():
     torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        *FORMS,
+        *({"feature_term": term, "loss_form": form} for term in SET_TERMS for form in ("paper", "released")),
+    ],
+    ids=described,
+)
+def test_the_loss_of_a_shard_is_the_sum_over_its_batches(form):
+    settings, images = settings_of(**form), viewed_images(6)
+    whole = shard_of([3, 1])
+    terms, total = Objective(TEACHER, replace(whole, batch=whole.index), settings, SEED, CPU)(images, 0)
+    alone = [
+        Objective(TEACHER, shard_of([3, 1], [number]), settings, SEED, CPU)(images[whole.index == number], 0)
+        for number in range(IPC)
+    ]
+    torch.testing.assert_close(total, sum(t for _, t in alone), rtol=1e-5, atol=1e-6)
+    for name, values in terms.items():
+        torch.testing.assert_close(values, sum(t[name] for t, _ in alone), rtol=1e-5, atol=1e-6)
+
+
+def test_batches_of_a_shard_are_recovered_as_if_alone():
+    settings = settings_of(
+        feature_term="cross_entropy", bn_term="global", loss_form="released", crop_scale_start=1.0
+    )
+    whole = shard_of([0, 2, 4])
+    together = recover(replace(whole, batch=whole.index), settings)
+    for number in range(IPC):
+        alone = recover(shard_of([0, 2, 4], [number]), settings)
+        torch.testing.assert_close(together.images[number::IPC], alone.images, rtol=0, atol=2e-3)
+
+
 def test_lambda_scales_the_batchnorm_term_and_nothing_else():
     shard, images = shard_of([3, 1]), viewed_images(6)
 

@@ -10,7 +10,8 @@ classes c of a shard, with images j, features f_e, barycenter atoms b and weight
 mean_l and var_l are taken at the input of BatchNorm layer l, over the class's images (weighted by w)
 and all pixels. `loss_form="paper"` is the above. `loss_form="released"` is what the released code
 minimises: ‖F − B‖_F over the batch and Σ_l mean_c (‖Δmean‖ + ‖Δvar‖), norms instead of squares, so
-that the balance between the terms depends on the batch.
+that the balance between the terms depends on the batch. A shard may hold several batches; they are
+optimised in the same steps, and the loss is the sum of theirs.
 """
 
 from __future__ import annotations
@@ -101,9 +102,10 @@ class Shard:
     """The images of one job and what each is to match; rows of `images` are grouped by class.
 
     `classes` (G,) are the class indices present, `group` (M,) the row of `classes` of each image,
-    `index` (M,) the image's number within its class, `weights` (M,) sum to 1 in each class,
-    `atoms` (M, D) the barycenter's support (or None), `real_features(class, count, generator)`
+    `index` (M,) the image's number within its class, `weights` (M,) what images weigh beside others of
+    their class, `atoms` (M, D) the barycenter's support (or None), `real_features(class, count, generator)`
     draws real features for the set terms, `statistics` holds the real BatchNorm statistics by layer.
+    `batch` (M,) is the batch of each image, each with images of all `classes` (None: all are one batch).
     """
 
     classes: Tensor
@@ -113,6 +115,7 @@ class Shard:
     statistics: dict[str, LayerStatistics]
     atoms: Tensor | None = None
     real_features: Callable[[int, int, torch.Generator], Tensor] | None = None
+    batch: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -257,21 +260,30 @@ class Objective:
     ) -> None:
         self.model, self.settings, self.seed_names = model, settings, seed_names
         self.shard, self.device = shard, device
-        self.group = shard.group.to(device)
         self.labels = shard.classes[shard.group].to(device)
         if settings.feature_term == "barycenter":
             if shard.atoms is None:
                 raise UserError("feature_term barycenter needs the barycenter's atoms; none were given")
             self.atoms = shard.atoms.float().to(device)
-        self.class_weights = torch.zeros(len(shard.classes), len(shard.group), device=device)
-        self.class_weights[self.group, torch.arange(len(shard.group))] = shard.weights.float().to(device)
+        # A cell is the images of one class in one batch; per-cell terms are (batches, classes).
+        batch = torch.zeros_like(shard.group) if shard.batch is None else shard.batch
+        self.batches, images = int(batch.max()) + 1, torch.arange(len(batch))
+        self.cell = (batch * len(shard.classes) + shard.group).to(device)
+        if settings.bn_term == "global":
+            weights = torch.zeros(self.batches, len(batch), dtype=torch.float64)
+            weights[batch, images] = 1
+        else:
+            weights = torch.zeros(self.batches * len(shard.classes), len(batch), dtype=torch.float64)
+            weights[self.cell.cpu(), images] = shard.weights.double()
+        self.bn_weights = (weights / weights.sum(1, keepdim=True)).float().to(device)
         self.targets = self._bn_targets(shard.statistics)
 
     def _bn_targets(self, statistics: dict[str, LayerStatistics]) -> dict[str, Moments]:
         def moments(layer: LayerStatistics) -> Moments:
             if self.settings.bn_term == "global":
                 return layer.global_mean[None], layer.global_var[None]
-            return layer.mean[self.shard.classes], layer.var[self.shard.classes]
+            classes = self.shard.classes.repeat(self.batches)
+            return layer.mean[classes], layer.var[classes]
 
         return {n: tuple(t.float().to(self.device) for t in moments(s)) for n, s in statistics.items()}
 
@@ -289,16 +301,16 @@ class Objective:
         terms: dict[str, Tensor] = {}
         total = features.new_zeros(())
         if settings.feature_term not in ("none", "cross_entropy"):
-            terms["feature_loss"] = self.feature_loss(features, step)
-            summed = terms["feature_loss"].sum()
+            by_cell = self.feature_loss(features, step)
+            terms["feature_loss"] = by_cell.sum(0)
             # A tiny floor keeps the gradient of the norm finite when the match is exact.
-            total = total + (summed if paper else (summed + 1e-12).sqrt())
+            total = total + (by_cell.sum() if paper else (by_cell.sum(1) + 1e-12).sqrt().sum())
         ce_weight = settings.ce_weight + (settings.feature_term == "cross_entropy")
         if ce_weight:
             logits = self.model.classifier(features)
             ce = F.cross_entropy(logits.float(), self.labels, reduction="none")
-            terms["ce_loss"] = self._sum_by_class(ce)
-            total = total + ce_weight * terms["ce_loss"].sum() / (1 if paper else len(ce))
+            terms["ce_loss"] = self._sum_by_cell(ce).sum(0)
+            total = total + ce_weight * terms["ce_loss"].sum() / (1 if paper else len(ce) / self.batches)
         if settings.bn_term != "none":
             terms["bn_loss"] = self.bn_loss(moments)
             # The global term counts once for each class, so that λ weighs the same number of images.
@@ -307,14 +319,15 @@ class Objective:
         return terms, total
 
     def feature_loss(self, features: Tensor, step: int) -> Tensor:
-        """The feature term of each class, (M, D) → (G,), squared distances."""
+        """The feature term of each batch and class, (M, D) → (B, G), squared distances."""
         if self.settings.feature_term == "barycenter":
-            return self._sum_by_class((features - self.atoms).square().sum(1))
-        return torch.stack([self._set_distance(features, g, step) for g in range(len(self.shard.classes))])
+            return self._sum_by_cell((features - self.atoms).square().sum(1))
+        cells = range(self.batches * len(self.shard.classes))
+        return torch.stack([self._set_distance(features, c, step) for c in cells]).view(self.batches, -1)
 
-    def _set_distance(self, features: Tensor, group: int, step: int) -> Tensor:
-        chosen = self.group == group
-        label = int(self.shard.classes[group])
+    def _set_distance(self, features: Tensor, cell: int, step: int) -> Tensor:
+        chosen = self.cell == cell
+        label = int(self.shard.classes[cell % len(self.shard.classes)])
         generator = torch_generator(*self.seed_names, "real features", label, step)
         real = self.shard.real_features(label, self.settings.real_batch, generator).to(self.device)
         own, count = features[chosen], int(chosen.sum())
@@ -330,24 +343,21 @@ class Objective:
         raise AssertionError(self.settings.feature_term)
 
     def bn_loss(self, moments: dict[str, Moments]) -> Tensor:
-        """The BatchNorm term of each class (G,), or (1,) for the global statistics."""
-        if self.settings.bn_term == "global":
-            weights = torch.full_like(self.class_weights[:1], 1 / self.class_weights.shape[1])
-        else:
-            weights = self.class_weights
+        """The BatchNorm term of each class (G,), or (1,) for the global statistics, summed over batches."""
         loss = 0
         for position, (name, target) in enumerate(self.targets.items()):
             parts = [
                 (own - wanted).square().sum(1)
-                for own, wanted in zip(group_moments(moments[name], weights), target, strict=True)
+                for own, wanted in zip(group_moments(moments[name], self.bn_weights), target, strict=True)
             ]
             if self.settings.loss_form == "released":
                 parts = [(part + 1e-12).sqrt() for part in parts]
             loss = loss + (self.settings.first_bn_multiplier if position == 0 else 1) * (parts[0] + parts[1])
-        return loss
+        return loss.view(self.batches, -1).sum(0)
 
-    def _sum_by_class(self, values: Tensor) -> Tensor:
-        return values.new_zeros(len(self.shard.classes)).index_add(0, self.group, values)
+    def _sum_by_cell(self, values: Tensor) -> Tensor:
+        cells = values.new_zeros(self.batches * len(self.shard.classes))
+        return cells.index_add(0, self.cell, values).view(self.batches, -1)
 
 
 def _check_finite(curves: dict[str, list[Tensor]], first: int, shard: Shard) -> None:

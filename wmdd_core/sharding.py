@@ -1,4 +1,4 @@
-"""Which images of a set are optimised together. Standard library only: the graph counts shards too."""
+"""Which images of a set a job optimises. Standard library only: the graph counts shards too."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ BATCH_LAYOUTS = ("whole_classes", "one_per_class")
 
 def shard_total(classes: int, ipc: int, batch_size: int, layout: str) -> int:
     """Number of shards of a set of `ipc` images in each of `classes` classes."""
-    if layout == "whole_classes":
-        return math.ceil(classes / max(1, batch_size // ipc))
-    return ipc * math.ceil(classes / batch_size)
+    size, numbers = _extent(classes, ipc, batch_size, layout)
+    return math.ceil(ipc / numbers) * math.ceil(classes / size)
 
 
 def shard_members(
@@ -20,14 +19,26 @@ def shard_members(
 ) -> tuple[list[int], list[int]]:
     """The classes of a shard, and the numbers of its images within each class.
 
+    A shard of `one_per_class` has one batch for each of the numbers: as many as make `batch_size` images.
+
     >>> shard_members(10, 2, 6, "whole_classes", 3)
     ([9], [0, 1])
     >>> shard_members(10, 2, 6, "one_per_class", 3)
     ([6, 7, 8, 9], [1])
+    >>> shard_members(3, 5, 6, "one_per_class", 1)
+    ([0, 1, 2], [2, 3])
     """
-    everything = list(range(classes))
+    size, numbers = _extent(classes, ipc, batch_size, layout)
+    row, column = divmod(shard, math.ceil(classes / size))
+    return (
+        list(range(column * size, min((column + 1) * size, classes))),
+        list(range(row * numbers, min((row + 1) * numbers, ipc))),
+    )
+
+
+def _extent(classes: int, ipc: int, batch_size: int, layout: str) -> tuple[int, int]:
+    """Classes of a shard, and its images in each of them."""
     if layout == "whole_classes":
-        size = max(1, batch_size // ipc)
-        return everything[shard * size : (shard + 1) * size], list(range(ipc))
-    image, block = divmod(shard, math.ceil(classes / batch_size))
-    return everything[block * batch_size : (block + 1) * batch_size], [image]
+        return max(1, batch_size // ipc), ipc
+    size = min(classes, batch_size)
+    return size, batch_size // size

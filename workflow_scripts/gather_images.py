@@ -59,7 +59,6 @@ def main(job: Job) -> None:
             f"the shards of {job.wildcards['method']} hold pixels that are not finite; delete them"
         )
     images = quantise(images, description["mean"], description["std"])
-    # A shard of some of a class's images has normalised their weights among themselves.
     weights = weights / np.bincount(labels, weights)[labels]
 
     header = job.header(

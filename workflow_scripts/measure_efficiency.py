@@ -74,7 +74,7 @@ def run_recovery(job: Job, settings: dict, timer: IterationTimer) -> None:
     teacher, _ = load_teacher(job.input["teacher"], device)
     classes = list(range(len(description["classes"])))
     files = {k: v for k, v in job.input.items() if k not in unused}
-    shard, _ = build_shard(replace(job, input=files), classes, [0])
+    shard, _ = build_shard(replace(job, input=files), classes, [0], "one_per_class")
     seed, dataset = job.settings["seed"], job.settings["dataset"]
     initial = None
     if start == "real":

@@ -25,7 +25,7 @@ def read_barycenters(job: Job, classes: list[int]) -> tuple[dict[int, tuple], li
     return {c: atoms[c] for c in classes}, headers
 
 
-def build_shard(job: Job, classes: list[int], numbers: list[int]) -> tuple[Shard, list[dict]]:
+def build_shard(job: Job, classes: list[int], numbers: list[int], layout: str) -> tuple[Shard, list[dict]]:
     """The shard of these classes and image numbers, and the headers of what it is made from."""
     tensors, header = read_tensors(job.input["statistics"])
     headers = [header]
@@ -35,7 +35,7 @@ def build_shard(job: Job, classes: list[int], numbers: list[int]) -> tuple[Shard
     }
     pairs = torch.tensor([(row, i) for row in range(len(classes)) for i in numbers])
     atoms, real_features = None, None
-    weights = torch.full((len(pairs),), 1 / len(numbers), dtype=torch.float64)
+    weights = torch.ones(len(pairs), dtype=torch.float64)
     if "barycenters" in job.input:
         barycenters, found = read_barycenters(job, classes)
         headers += found
@@ -50,12 +50,11 @@ def build_shard(job: Job, classes: list[int], numbers: list[int]) -> tuple[Shard
             chosen = torch.randperm(size, generator=generator)[:count].sort().values
             return torch.from_numpy(np.array(features[offsets[c] + chosen.numpy()]))
 
-    group = pairs[:, 0]
-    sums = torch.zeros(len(classes), dtype=torch.float64).index_add_(0, group, weights)
-    shard = Shard(
-        torch.tensor(classes), group, pairs[:, 1], weights / sums[group], statistics, atoms, real_features
-    )
-    return shard, headers
+    group, index = pairs.unbind(1)
+    batch = index - numbers[0] if layout == "one_per_class" else None
+    return Shard(
+        torch.tensor(classes), group, index, weights, statistics, atoms, real_features, batch
+    ), headers
 
 
 def main(job: Job) -> None:
@@ -68,7 +67,7 @@ def main(job: Job) -> None:
     mean, std = normalisation(description)
     place = (int(job.wildcards["ipc"]), sharding["batch_size"], sharding["batch_layout"])
     members = shard_members(sharding["classes"], *place, int(job.wildcards["shard"]))
-    shard, headers = build_shard(job, *members)
+    shard, headers = build_shard(job, *members, sharding["batch_layout"])
     if not shard.statistics and settings["bn_term"] != "none":
         raise UserError(
             f"teacher {teacher_header['wildcards']['teacher']} has no BatchNorm layer; set bn_term: none"
