@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,13 @@ TEACHER = "results/smoke/digits/teachers/{}/checkpoint.safetensors"
 CPU_ONLY = ("--set-resources", "describe_dataset:mem_mb=2000")
 """On the command line it takes the place of the profile's per-rule requests: no job asks for a GPU."""
 ENDS = ("killed", "cancelled", "requeued", "overdue")
+LONG = "{like: convnet, epochs: 40}"
 TROUBLED = f"""
-teachers: {{{", ".join(f"{name}: {{like: convnet, epochs: 40}}" for name in ENDS)}}}
+teachers: {{{", ".join(f"{name}: {LONG}" for name in ENDS)}}}
 tables: {{main: {{ipc: [4], methods: [random]}}}}
 """
+WATCHERS = ThreadPoolExecutor()
+"""Threads that hold teachers still: each is at work for seconds only."""
 STUDENT = "results/smoke/digits/evaluation/wmdd/random/ipc4/convnet/seed0.json"
 
 
@@ -75,22 +79,23 @@ def part_of_smoke(cluster, tmp_path_factory) -> Run:
 
 
 @pytest.fixture(scope="session")
-def slow(cluster, copy_of_smoke) -> Run:
-    """A teacher that takes long, for Ctrl-C."""
+def slow(cluster, copy_of_smoke) -> tuple[Run, Future]:
+    """A teacher that is held at work, for Ctrl-C."""
     return begin_teacher(cluster, copy_of_smoke("slow"))
 
 
 @pytest.fixture(scope="session")
-def twin(cluster, copy_of_smoke) -> Run:
-    """A teacher that takes long, for a Snakemake that is killed."""
+def twin(cluster, copy_of_smoke) -> tuple[Run, Future]:
+    """A teacher that is held at work, for a Snakemake that is killed."""
     return begin_teacher(cluster, copy_of_smoke("twin"))
 
 
-def begin_teacher(cluster: Cluster, directory: Path) -> Run:
-    """A teacher with the name of its folder."""
+def begin_teacher(cluster: Cluster, directory: Path) -> tuple[Run, Future]:
+    """A teacher with the name of its folder; its process, once it is held at work."""
     name = directory.name
-    presets = overlay(directory, f"teachers: {{{name}: {{like: convnet, epochs: 40}}}}")
-    return cluster.run(directory, TEACHER.format(name), *CPU_ONLY, presets=presets)
+    presets = overlay(directory, f"teachers: {{{name}: {LONG}}}")
+    run = cluster.run(directory, TEACHER.format(name), *CPU_ONLY, presets=presets)
+    return run, WATCHERS.submit(stop_at_work, cluster, directory, (name,))
 
 
 @pytest.fixture(scope="session")
@@ -139,8 +144,8 @@ def hundred(cluster, tmp_path_factory) -> tuple[Run, Run]:
 @pytest.fixture(scope="session")
 def restarted(cluster, twin) -> tuple[int, Run]:
     """The process of a job whose Snakemake was killed, and a new Snakemake for the same file."""
-    directory = twin.directory
-    old = stop_at_work(cluster, directory, ("twin",))["twin"]
+    twin, held = twin
+    directory, old = twin.directory, held.result()["twin"]
     twin.kill()
     assert states(cluster.active(directory)) == ["RUNNING"]  # nobody has cancelled it
     unlocked = run_snakemake(directory, "--unlock", "--configfile", *map(str, twin.presets), preset="")
@@ -151,7 +156,8 @@ def restarted(cluster, twin) -> tuple[int, Run]:
 @pytest.fixture(scope="session")
 def interrupted(cluster, slow) -> Run:
     """The same command again, after Ctrl-C."""
-    stop_at_work(cluster, slow.directory, ("slow",))
+    slow, held = slow
+    held.result()
     slow.interrupt()
     assert slow.wait() != 0
     wait_until(lambda: not cluster.active(slow.directory), "the end of the cluster's jobs", 60)
@@ -433,6 +439,27 @@ def test_a_thousand_classes(cluster, tmp_path):
 
 
 # ---- timing ----------------------------------------------------------------------------------
+
+
+@pytest.mark.large
+def test_shards_at_once_give_the_same_bytes_and_their_time_is_told(cluster, copy_of_smoke):
+    """Strong scaling of recovery: ten shards, one job at a time and two."""
+    taken, made = [], []
+    for jobs in (1, 2):
+        directory = copy_of_smoke(f"shards{jobs}")
+        presets = overlay(directory, "methods: {wmdd: {iterations: 2000, batch_size: 2}}")
+        shards = "results/smoke/digits/distilled/wmdd/ipc2/shards/shard{}.safetensors"
+        run = cluster.run(directory, *map(shards.format, range(10)), *CPU_ONLY, presets=presets, jobs=jobs)
+        assert run.wait() == 0, run.told
+        assert rules_of(run.jobs()) == ["recover_images"] * 10
+        spans = sorted(map(span, run.jobs()))
+        assert any(overlap(*pair) for pair in itertools.pairwise(spans)) == (jobs == 2)
+        taken.append(max(end for _, end in spans) - spans[0][0])
+        made.append([(directory / shards.format(shard)).read_bytes() for shard in range(10)])
+    assert made[0] == made[1]
+    print(
+        f"10 shards: {taken[0]:.0f} s one at a time, {taken[1]:.0f} s two at a time ({os.cpu_count()} cores)"
+    )
 
 
 @pytest.mark.large
