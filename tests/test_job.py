@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, run_snakemake
 
+from wmdd_core.errors import UserError
 from workflow_scripts import job as jobs
 from workflow_scripts.job import Job
 
@@ -29,6 +30,7 @@ def make_job(folder: Path, **inputs: str) -> Job:
 TWIN = """
 import sys, time
 from pathlib import Path
+from wmdd_core.errors import UserError
 from workflow_scripts import job as jobs
 from workflow_scripts.job import Job
 
@@ -65,6 +67,13 @@ def test_a_lock_says_who_holds_it(tmp_path):
     job = make_job(tmp_path)
     with jobs._alone(job):
         assert json.loads(job.checkpoint(".lock").read_text())["pid"] == os.getpid()
+    assert not job.checkpoint(".lock").exists()
+
+
+def test_a_job_that_fails_leaves_no_lock(tmp_path):
+    job = make_job(tmp_path)
+    with pytest.raises(UserError), jobs._alone(job):
+        raise UserError("an image cannot be read")
     assert not job.checkpoint(".lock").exists()
 
 

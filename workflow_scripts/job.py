@@ -202,8 +202,10 @@ def _alone(job: Job):
         file.truncate(0)
         file.write(json.dumps(holder))
         file.flush()
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _locked(path: Path, name: str) -> IO[str]:
