@@ -54,13 +54,13 @@ def start_snakemake(directory: Path, *arguments: str, **environment: str) -> sub
     )
 
 
-def planned(directory: Path, overlay: str = "", *, root: Path = ROOT) -> set[str]:
+def planned(directory: Path, overlay: str = "", *targets: str, root: Path = ROOT) -> set[str]:
     """The messages of the jobs that a dry run plans, with `overlay` laid over the smoke preset."""
     files = []
     if overlay:
         (directory / "overlay.yaml").write_text(overlay, encoding="utf-8")
         files = ["--configfile", str(root / "presets/smoke.yaml"), str(directory / "overlay.yaml")]
-    done = run_snakemake(directory, "-n", *files, root=root)
+    done = run_snakemake(directory, "-n", *targets, *files, root=root)
     assert done.returncode == 0, done.stdout + done.stderr
     return set(re.findall(r"^Job \d+: (.+)$", done.stdout + done.stderr, re.MULTILINE))
 

@@ -126,6 +126,14 @@ def rules_and_methods(messages: set[str]) -> tuple[set[str], set[str]]:
     return {m.split()[0] for m in messages}, methods
 
 
+def test_one_table_takes_the_jobs_that_it_needs_and_no_other(smoke):
+    told = planned(smoke, "", "ablation")
+    assert rules_and_methods(told)[0] == {"Barycenter", "Recover", "Gather", "Relabel", "Evaluate", "Table"}
+    made = {m.split()[1] for m in told if m.startswith(("Recover", "Gather", "Relabel", "Evaluate"))}
+    assert made == {"wmdd", "ce_per_class", "barycenter_global", "ce_global"}
+    assert [m for m in told if m.startswith("Table")] == ["Table ablation"]
+
+
 def test_lambda_reruns_what_depends_on_it_and_nothing_else(smoke):
     verbs, methods = rules_and_methods(planned(smoke, "methods: {wmdd: {lambda_bn: 3}}"))
     assert methods == {"wmdd"}
