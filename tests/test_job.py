@@ -30,7 +30,6 @@ def make_job(folder: Path, **inputs: str) -> Job:
 TWIN = """
 import sys, time
 from pathlib import Path
-from wmdd_core.errors import UserError
 from workflow_scripts import job as jobs
 from workflow_scripts.job import Job
 

@@ -152,8 +152,9 @@ def write_tensors(path: Path | str, tensors: Mapping, header: Mapping) -> None:
 
     arrays = {n: t.detach().cpu().numpy() if hasattr(t, "detach") else t for n, t in tensors.items()}
     with replacing(path) as temporary:
-        contiguous = {n: np.asarray(a, order="C") for n, a in arrays.items()}
-        save_file(contiguous, temporary, {"header": canonical(header)})
+        save_file(
+            {n: np.asarray(a, order="C") for n, a in arrays.items()}, temporary, {"header": canonical(header)}
+        )
 
 
 def read_tensors(path: Path | str, framework: str = "pt") -> tuple[dict, dict]:

@@ -282,7 +282,7 @@ def decode_to(
         ) from error
 
 
-def quantise(images: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+def quantise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Normalised images, float32 (N, 3, R, R), as they are stored: uint8, rounded and clipped.
 
     The inverse of `wmdd_core.augmentation.normalise`, without PyTorch.

@@ -267,14 +267,12 @@ class Objective:
             self.atoms = shard.atoms.float().to(device)
         # A cell is the images of one class in one batch; per-cell terms are (batches, classes).
         batch = torch.zeros_like(shard.group) if shard.batch is None else shard.batch
-        self.batches, images = int(batch.max()) + 1, torch.arange(len(batch))
-        self.cell = (batch * len(shard.classes) + shard.group).to(device)
+        self.batches, cell = int(batch.max()) + 1, batch * len(shard.classes) + shard.group
+        self.cell = cell.to(device)
         if settings.bn_term == "global":
-            weights = torch.zeros(self.batches, len(batch), dtype=torch.float64)
-            weights[batch, images] = 1
+            weights = F.one_hot(batch).T.double()
         else:
-            weights = torch.zeros(self.batches * len(shard.classes), len(batch), dtype=torch.float64)
-            weights[self.cell.cpu(), images] = shard.weights.double()
+            weights = F.one_hot(cell).T * shard.weights.double()
         self.bn_weights = (weights / weights.sum(1, keepdim=True)).float().to(device)
         self.targets = self._bn_targets(shard.statistics)
 

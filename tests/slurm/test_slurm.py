@@ -45,9 +45,9 @@ TROUBLED = f"""
 teachers: {{{", ".join(f"{name}: {LONG}" for name in ENDS)}}}
 tables: {{main: {{ipc: [4], methods: [random]}}}}
 """
+STUDENT = "results/smoke/digits/evaluation/wmdd/random/ipc4/convnet/seed0.json"
 WATCHERS = ThreadPoolExecutor()
 """Threads that hold teachers still: each is at work for seconds only."""
-STUDENT = "results/smoke/digits/evaluation/wmdd/random/ipc4/convnet/seed0.json"
 
 
 @pytest.fixture(scope="session")
