@@ -32,8 +32,8 @@ TRIALS = 10
 PAIRS = 4096
 """Points up to which k-means++ may keep all their distances (64 MB); beyond, it computes rows when drawn."""
 
-BLOCK = 2**22
-"""Point-atom distances that polishing holds at a time (16 MB)."""
+BLOCK = 2**20
+"""Point-atom distances that polishing holds at a time (4 MB)."""
 
 
 @dataclass(frozen=True)
