@@ -34,19 +34,22 @@ TOLERANCES = {
 }
 """Stage → array ("" is all others) → largest relative difference."""
 
+WHOLE = {"epochs": 300, "test": 3925, "tests": {"ours": 1, "plain": 31}}
+"""A student's whole evaluation on ten images a class of ImageNette, a hundred in all."""
+
 COLUMNS = ("Stage", "Work", "Ours (s)", "Plain (s)", "Ratio", "Target", "Peak memory (MiB)", "Agreement")
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Seconds of each repeat, peak bytes and other figures by side; by how much their results differ."""
+    """Seconds and other figures of each repeat, and peak bytes, by side; by how much their results differ."""
 
     stage: str
     sizes: dict
     device: str
     seconds: dict[str, list[float]]
     peak: dict[str, int]
-    figures: dict[str, dict[str, float]]
+    figures: dict[str, list[dict[str, float]]]
     differences: dict[str, float]
     target: float | None = None
     origin: dict[str, str] = field(default_factory=dict)
@@ -55,6 +58,11 @@ class Compared:
     def ratio(self) -> float:
         """Median seconds of ours over those of the plain side."""
         return statistics.median(self.seconds["ours"]) / statistics.median(self.seconds["plain"])
+
+    def median_figures(self, side: str) -> dict[str, float]:
+        """The median of each figure of a side."""
+        repeats = self.figures[side]
+        return {name: statistics.median(r[name] for r in repeats) for name in repeats[0]}
 
 
 class Disagreement(Exception):
@@ -76,7 +84,7 @@ def compare(
     tolerance, or for a barycenter if ours is worse than it must be.
     """
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    figures: dict[str, dict[str, float]] = {}
+    figures: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     # Read when a process starts, before NumPy or PyTorch count the cores for themselves.
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)))
     with tempfile.TemporaryDirectory(prefix="wmdd-bench-") as folder:
@@ -88,8 +96,9 @@ def compare(
             differences = check_agreement(stage, sizes, checked["ours"], checked["plain"])
             for _ in range(repeats):
                 for side, pool in pools.items():
-                    taken, figures[side] = pool.submit(_run, device).result()
+                    taken, found = pool.submit(_run, device).result()
                     seconds[side].append(taken)
+                    figures[side].append(found)
             peak = {side: pool.submit(_peak, device).result() for side, pool in pools.items()}
         finally:
             for pool in pools.values():
@@ -226,7 +235,23 @@ def notes_of(compared: Sequence[Compared]) -> list[str]:
         origin_note(compared[0].origin),
     ]
     for c in compared:
-        told = {s: ", ".join(f"{k} {v:,.6g}" for k, v in f.items()) for s, f in c.figures.items() if f}
+        medians = {side: c.median_figures(side) for side in SIDES}
+        told = {s: ", ".join(f"{k} {v:,.6g}" for k, v in f.items()) for s, f in medians.items() if f}
         if told:
             notes.append(f"{c.stage}: " + "; ".join(f"{side} {text}" for side, text in told.items()) + ".")
+        if c.stage == "evaluate":
+            whole = {side: whole_evaluation(c, side) for side in SIDES}
+            times = " / ".join(f"{seconds:,.0f} s" for seconds in whole.values())
+            notes.append(
+                f"evaluate, {WHOLE['epochs']} epochs and ImageNette's {WHOLE['test']:,} test images, tested"
+                f" once by ours and {WHOLE['tests']['plain']} times by the reference, as the released code"
+                f" does, reckoned from the line above: {times}, ratio {whole['ours'] / whole['plain']:.2f}."
+            )
     return notes
+
+
+def whole_evaluation(compared: Compared, side: str) -> float:
+    """Seconds of a whole evaluation, from those of an epoch and of a test image."""
+    figures = compared.median_figures(side)
+    testing = WHOLE["tests"][side] * WHOLE["test"] * figures["seconds a test image"]
+    return WHOLE["epochs"] * figures["seconds an epoch"] + testing

@@ -8,6 +8,7 @@ test of the student after every epoch in small batches. Mathematics and results 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -231,15 +232,16 @@ def evaluate(
     learning_rate: float,
     weight_decay: float,
     temperature: float,
-) -> tuple[Tensor, list[float]]:
-    """Train on `relabel`'s files, test after every epoch: the last test's logits, and each epoch's loss."""
+) -> tuple[Tensor, list[float], float]:
+    """Train on `relabel`'s files, test after every epoch: the last test's logits, each epoch's loss, and the
+    seconds of all tests."""
     matrices = [p for p in student.parameters() if p.ndim > 1]
     others = [p for p in student.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=learning_rate,
     )
-    curve = []
+    curve, testing = [], 0.0
     for epoch in range(epochs):
         student.train()
         for group in optimizer.param_groups:
@@ -261,9 +263,11 @@ def evaluate(
             optimizer.step()
             total, count = total + loss.item() * len(inputs), count + len(inputs)
         curve.append(total / count)
+        start = time.perf_counter()
         student.eval()
         with torch.no_grad():
             tested = [
                 student(images.to(device)).cpu() for images, _ in DataLoader(test, batch_size=TEST_BATCH)
             ]
-    return torch.cat(tested), curve
+        testing += time.perf_counter() - start
+    return torch.cat(tested), curve, testing

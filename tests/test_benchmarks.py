@@ -10,7 +10,16 @@ import torch
 
 from benchmarks import stages
 from benchmarks.__main__ import SIZES
-from benchmarks.compare import COLUMNS, Disagreement, build_lines, check_agreement, compare, write_json
+from benchmarks.compare import (
+    COLUMNS,
+    Compared,
+    Disagreement,
+    build_lines,
+    check_agreement,
+    compare,
+    whole_evaluation,
+    write_json,
+)
 from benchmarks.limits import count_operations, operations_of
 from benchmarks.scaling import draw, slope
 from benchmarks.startup import ROOT, UNUSED, check_unused, imported, scripts
@@ -70,6 +79,13 @@ def test_a_comparison_has_every_column_and_every_repeat(tmp_path):
     assert all(kept["origin"].values())
     # Python with NumPy takes more than 20 MiB, and no PyTorch has been imported: that would be above 300.
     assert 20 * 2**20 < kept["peak"]["ours"] < 300 * 2**20
+
+
+def test_a_whole_evaluation_is_reckoned_from_its_parts():
+    repeats = [{"seconds an epoch": e, "seconds a test image": t} for e, t in ((2, 0.2), (1, 0.1), (9, 0.9))]
+    compared = Compared("evaluate", {}, "cpu", {}, {}, {"ours": repeats, "plain": repeats}, {})
+    assert whole_evaluation(compared, "ours") == pytest.approx(300 * 2 + 3925 * 0.2)
+    assert whole_evaluation(compared, "plain") == pytest.approx(300 * 2 + 31 * 3925 * 0.2)
 
 
 def test_jobs_import_nothing_that_they_do_not_use():
