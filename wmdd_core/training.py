@@ -115,9 +115,9 @@ def fit(
             with precision or nullcontext():
                 logits = network(inputs)
             batch_loss = loss(logits.float(), *targets)
+            optimizer.zero_grad(set_to_none=True)
             (batch_loss * _share_of_batch(inputs) if parallel else batch_loss).backward()
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             total, count = total + batch_loss.detach() * len(inputs), count + len(inputs)
         if parallel:
             total, count = _summed(torch.stack([total, total.new_tensor(count)]))
