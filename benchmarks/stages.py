@@ -514,7 +514,7 @@ def evaluate(
         start = time.perf_counter()
         *_, testing = call(mixed)
         training = time.perf_counter() - start - testing
-        shown = test * {"ours": 1, "plain": epochs}[side]
-        return {"seconds an epoch": training / epochs, "seconds a test image": testing / shown}
+        tested = test * {"ours": 1, "plain": epochs}[side]
+        return {"seconds an epoch": training / epochs, "seconds a test image": testing / tested}
 
     return Work(check, run)
