@@ -69,7 +69,10 @@ def _heed_ctrl_c() -> None:
 
 
 class Cluster:
-    """A running single-node Slurm; use as a context manager."""
+    """A running single-node Slurm; use as a context manager. What its daemons say stays in `logs`."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
 
     def __enter__(self) -> Cluster:
         self._lock = open("/tmp/wmdd-slurm-tests.lock", "w")  # noqa: SIM115
@@ -102,7 +105,7 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for pid in self.processes():
+        for pid in [*self.processes(), *self._step_daemons()]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for path in CONFIGS:
@@ -174,16 +177,17 @@ PartitionName=gpu Nodes=ALL MaxTime=INFINITE State=UP
         try:
             wait_until(self._idle, "an idle node", 60)
         except AssertionError as error:
-            told = "\n".join(p.read_text(errors="replace")[-1000:] for p in sorted(home.glob("*.out")))
+            told = "\n".join(p.read_text(errors="replace")[-1000:] for p in sorted(self.logs.glob("*.out")))
             raise Unavailable(f"Slurm did not come up ({error}):\n{told}") from None
 
     def _daemon(self, program: str, *arguments: str) -> None:
-        with open(self.home / f"{program}.out", "w") as out:
+        with open(self.logs / f"{program}.out", "w") as out:
             self.daemons.append(
                 subprocess.Popen(
                     [program, *arguments],
                     env={**os.environ, "PATH": PATH},
                     executable=shutil.which(program, path=PATH),
+                    cwd=self.home,
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=out,
@@ -225,6 +229,19 @@ PartitionName=gpu Nodes=ALL MaxTime=INFINITE State=UP
                 if directory is None or os.readlink(entry / "cwd") == str(directory):
                     command = (entry / "cmdline").read_bytes().decode(errors="replace")
                     found[pid] = command.split("\0")
+        return found
+
+    def _step_daemons(self) -> list[int]:
+        """What slurmd has started for steps and outlives it, to call a controller that is gone.
+
+        They wipe their environment; the folder in which they run is slurmd's.
+        """
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                pid = int(entry.name)
+                if os.readlink(entry / "cwd") == str(self.home):
+                    found.append(pid)
         return found
 
     def script(self, directory: Path, rule: str, **wildcards: str) -> int | None:

@@ -51,10 +51,10 @@ WATCHERS = ThreadPoolExecutor()
 
 
 @pytest.fixture(scope="session")
-def cluster():
+def cluster(tmp_path_factory):
     with contextlib.ExitStack() as stack:
         try:
-            running = stack.enter_context(Cluster())
+            running = stack.enter_context(Cluster(tmp_path_factory.mktemp("slurm")))
         except Unavailable as reason:
             pytest.skip(f"no Slurm here: {reason}")
         yield running
