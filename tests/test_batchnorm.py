@@ -6,6 +6,7 @@ from torch import nn
 
 from wmdd_core.batchnorm import (
     StatisticsAccumulator,
+    _FrozenBatchNorm,
     group_moments,
     image_moments,
     record_input_moments,
@@ -134,3 +135,26 @@ def test_moments_and_their_gradient_equal_autograds_own():
     for layout in (torch.contiguous_format, torch.channels_last):
         ours = gradient(x.contiguous(memory_format=layout), image_moments)
         torch.testing.assert_close(ours.double(), gradient(x.double(), direct_moments), rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradients_of_a_frozen_layer_and_its_moments_are_autograds():
+    generator = torch_generator(5)
+    layer = nn.BatchNorm2d(6).eval().requires_grad_(False)
+    layer.running_mean.normal_(generator=generator)
+    for values in (layer.running_var, layer.weight, layer.bias):
+        nn.init.uniform_(values, 0.5, 1.5, generator=generator)
+    x = torch.randn(4, 6, 5, 7, generator=generator).contiguous(memory_format=torch.channels_last)
+    pulls = [torch.randn(s, generator=generator) for s in ((4, 6, 5, 7), (4, 6), (4, 6))]
+
+    ours = x.clone().requires_grad_(True)
+    statistics = layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps
+    found = _FrozenBatchNorm.apply(ours, *statistics)
+    torch.autograd.backward(found, pulls)
+
+    exact = x.double().requires_grad_(True)
+    var, mean = torch.var_mean(exact, (2, 3), correction=0)
+    wanted = layer.double()(exact), mean, var
+    torch.autograd.backward(wanted, [v.double() for v in pulls])
+    for value, true in zip((*found, ours.grad), (*wanted, exact.grad), strict=True):
+        torch.testing.assert_close(value.double(), true, rtol=1e-5, atol=1e-6)
+    assert ours.grad.is_contiguous(memory_format=torch.channels_last)

@@ -9,10 +9,13 @@ device, replayable from its seed, and differentiable without atomic additions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from wmdd_core.graphs import replayed
 
 CROP_ATTEMPTS = 10
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -20,7 +23,7 @@ CROP_RATIO = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class Views:
-    """N views of square images, as integers on the CPU (each field is (N,) or (N, k))."""
+    """N views of square images, as integers (each field is (N,) or (N, k)), drawn on the CPU."""
 
     box: Tensor
     """(N, 4) int64: top, left, height, width of the crop, in pixels."""
@@ -38,6 +41,10 @@ class Views:
 
     def __getitem__(self, indices: Tensor) -> Views:
         return Views(*(getattr(self, f.name)[indices] for f in fields(self)))
+
+    def to(self, device: torch.device) -> Views:
+        """The same views with their integers on `device`."""
+        return Views(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 def draw_views(
@@ -166,20 +173,32 @@ def mix_views(views: Views, own: Tensor, partners: Tensor) -> Tensor:
     return torch.where((in_rows[:, :, None] & in_columns[:, None, :])[:, None], partners, own)
 
 
-def view_batch(images: Tensor, views: Views, indices: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def view_batch(
+    images: Tensor, views: Views, indices: Tensor, mean: Tensor, std: Tensor, *, cutmix: bool = True
+) -> Tensor:
     """The normalised views of the images at `indices`: uint8 (M, 3, R, R) → float32 (len(indices), 3, R, R).
 
-    `views` holds one view for each of the M images; `mean` and `std` are (3,) in 0..1 units. What a
-    view looks like does not depend on which other images are asked for in the same call.
+    `views` holds one view for each of the M images; `mean` and `std` are (3,) in 0..1 units; without
+    `cutmix` patches are not looked for. All are on the device of `images`. What a view looks like does
+    not depend on which other images are asked for in the same call.
     """
 
     def viewed(which: Tensor) -> Tensor:
-        return apply_views(normalise(images[which.to(images.device)], mean, std), views[which])
+        return apply_views(normalise(images[which], mean, std), views[which])
 
-    own, chosen = viewed(indices), views[indices]
-    if not bool((chosen.patch[:, 2] > 0).any()):
-        return own
-    return mix_views(chosen, own, viewed(chosen.partner))
+    own = viewed(indices)
+    return mix_views(views[indices], own, viewed(views.partner[indices])) if cutmix else own
+
+
+def batch_viewer(images: Tensor, mean: Tensor, std: Tensor, *, cutmix: bool) -> Callable[..., Tensor]:
+    """(indices, views) → `view_batch` of `images`, all on their device; see `graphs.replayed`."""
+    mean, std = mean.to(images.device), std.to(images.device)
+
+    def view(indices: Tensor, *drawn: Tensor) -> Tensor:
+        return view_batch(images, Views(*drawn), indices, mean, std, cutmix=cutmix)
+
+    graphed = replayed(view, images.device)
+    return lambda indices, views: graphed(indices, *vars(views).values())
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

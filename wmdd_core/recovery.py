@@ -29,6 +29,7 @@ from wmdd_core.augmentation import Views, apply_views, draw_views
 from wmdd_core.batchnorm import LayerStatistics, Moments, group_moments, record_input_moments
 from wmdd_core.discrepancies import mmd_linear, mmd_rbf, sliced_wasserstein
 from wmdd_core.errors import UserError
+from wmdd_core.graphs import replayed
 from wmdd_core.models import Classifier
 from wmdd_core.progress import Progress
 from wmdd_core.seeding import torch_generator
@@ -155,35 +156,41 @@ def recover_images(
     """
     images = initial if initial is not None else initial_noise(shard, resolution, seed_names)
     # A copy, because the loop updates it in place.
-    images = images.detach().to(device, copy=True, memory_format=torch.contiguous_format).requires_grad_(True)
+    images = images.detach().to(device, copy=True, memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(
         [images], lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True
     )
     low, high = ((bound - v).view(1, 3, 1, 1).to(device) for bound, v in ((0, mean), (1, mean)))
     low, high = low / std.view(1, 3, 1, 1).to(device), high / std.view(1, 3, 1, 1).to(device)
     objective = Objective(model, shard, settings, seed_names, device)
-    views = ShardViews(shard, settings, resolution, seed_names)
+    views = ShardViews(shard, settings, resolution, seed_names, device)
+    step = 0
+
+    def differentiate(*drawn: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        leaf = images.detach().requires_grad_(True)
+        viewed = apply_views(leaf, Views(*drawn))
+        with precision or nullcontext():
+            terms, total = objective(viewed, step)
+        (gradient,) = torch.autograd.grad(total, [leaf])
+        return {name: values.detach() for name, values in terms.items()}, gradient
+
+    if settings.feature_term not in SET_TERMS:  # which draw real features on the host in each step
+        differentiate = replayed(differentiate, device)
     curves: dict[str, list[Tensor]] = {}
     first = 0
     if progress and (state := progress.resume()):
-        with torch.no_grad():
-            images.copy_(state["images"])
+        images.copy_(state["images"])
         optimizer.load_state_dict(state["optimizer"])
         curves = {name: list(curve.to(device)) for name, curve in state["losses"].items()}
         first = state["step"] + 1
 
     for step in range(first, settings.iterations):
         optimizer.param_groups[0]["lr"] = settings.learning_rate_at(step)
-        optimizer.zero_grad(set_to_none=True)
-        viewed = apply_views(images, views.at(step))
-        with precision or nullcontext():
-            terms, total = objective(viewed, step)
-        total.backward()
+        terms, images.grad = differentiate(*vars(views.at(step)).values())
         optimizer.step()
-        with torch.no_grad():
-            images.clamp_(low, high)
+        images.clamp_(low, high)
         for name, values in terms.items():
-            curves.setdefault(name, []).append(values.detach())
+            curves.setdefault(name, []).append(values.clone())
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.iterations:
             _check_finite(curves, step // CHECK_EVERY * CHECK_EVERY, shard)
         if progress:
@@ -191,7 +198,7 @@ def recover_images(
                 step,
                 settings.iterations,
                 lambda: {
-                    "images": images.detach(),
+                    "images": images,
                     "optimizer": optimizer.state_dict(),
                     "losses": {n: torch.stack(c).cpu() for n, c in curves.items()},
                     "step": step,  # noqa: B023
@@ -199,7 +206,7 @@ def recover_images(
                 lambda: {n: float(c[-1].sum()) for n, c in curves.items()},
             )
     losses = {n: torch.stack([v.cpu() for v in c]) for n, c in curves.items()}
-    return Recovered(images.detach().cpu(), losses)
+    return Recovered(images.cpu(), losses)
 
 
 def initial_noise(shard: Shard, resolution: int, seed_names: tuple) -> Tensor:
@@ -215,8 +222,16 @@ def initial_noise(shard: Shard, resolution: int, seed_names: tuple) -> Tensor:
 class ShardViews:
     """One view for each class and step, shared by the class's images, drawn a block of steps at a time."""
 
-    def __init__(self, shard: Shard, settings: RecoverySettings, resolution: int, seed_names: tuple) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        settings: RecoverySettings,
+        resolution: int,
+        seed_names: tuple,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.shard, self.settings, self.resolution, self.seed_names = shard, settings, resolution, seed_names
+        self.device = device
         self.block = -1
         self.drawn: list[Views] = []
 
@@ -240,11 +255,11 @@ class ShardViews:
             )
             for c in self.shard.classes.tolist()
         ]
-        fields = {name: torch.stack([getattr(v, name) for v in by_class], 1) for name in vars(by_class[0])}
-        return [
-            Views(**{name: values[row][self.shard.group] for name, values in fields.items()})
-            for row in range(VIEW_BLOCK)
-        ]
+        fields = {
+            name: torch.stack([getattr(v, name) for v in by_class], 1)[:, self.shard.group].to(self.device)
+            for name in vars(by_class[0])
+        }
+        return [Views(**{n: values[row] for n, values in fields.items()}) for row in range(VIEW_BLOCK)]
 
 
 class Objective:
@@ -269,21 +284,28 @@ class Objective:
         batch = torch.zeros_like(shard.group) if shard.batch is None else shard.batch
         self.batches, cell = int(batch.max()) + 1, batch * len(shard.classes) + shard.group
         self.cell = cell.to(device)
+        cells = torch.arange(self.batches * len(shard.classes))
+        self.members = (cells[:, None] == cell).to(device)
         if settings.bn_term == "global":
             weights = F.one_hot(batch).T.double()
         else:
             weights = F.one_hot(cell).T * shard.weights.double()
         self.bn_weights = (weights / weights.sum(1, keepdim=True)).float().to(device)
-        self.targets = self._bn_targets(shard.statistics)
+        if settings.bn_term != "none":
+            self.targets = self._bn_targets()
+            self.channels = [layer.mean.shape[1] for layer in shard.statistics.values()]
 
-    def _bn_targets(self, statistics: dict[str, LayerStatistics]) -> dict[str, Moments]:
+    def _bn_targets(self) -> Moments:
+        """Mean and variance to match, of every layer's channels side by side: two (cells, ΣC)."""
+
         def moments(layer: LayerStatistics) -> Moments:
             if self.settings.bn_term == "global":
                 return layer.global_mean[None], layer.global_var[None]
             classes = self.shard.classes.repeat(self.batches)
             return layer.mean[classes], layer.var[classes]
 
-        return {n: tuple(t.float().to(self.device) for t in moments(s)) for n, s in statistics.items()}
+        parts = zip(*map(moments, self.shard.statistics.values()), strict=True)
+        return tuple(torch.cat(part, 1).float().to(self.device) for part in parts)
 
     def __call__(self, viewed: Tensor, step: int) -> tuple[dict[str, Tensor], Tensor]:
         with record_input_moments(self.model) as moments:
@@ -342,20 +364,26 @@ class Objective:
 
     def bn_loss(self, moments: dict[str, Moments]) -> Tensor:
         """The BatchNorm term of each class (G,), or (1,) for the global statistics, summed over batches."""
-        loss = 0
-        for position, (name, target) in enumerate(self.targets.items()):
-            parts = [
-                (own - wanted).square().sum(1)
-                for own, wanted in zip(group_moments(moments[name], self.bn_weights), target, strict=True)
-            ]
-            if self.settings.loss_form == "released":
-                parts = [(part + 1e-12).sqrt() for part in parts]
-            loss = loss + (self.settings.first_bn_multiplier if position == 0 else 1) * (parts[0] + parts[1])
+        # All layers at once: their statistics are small, and a GPU's time would go into starting on each.
+        own = (torch.cat(part, 1) for part in zip(*(moments[n] for n in self.shard.statistics), strict=True))
+        squares = [
+            (mean_or_var - wanted).square()
+            for mean_or_var, wanted in zip(
+                group_moments(tuple(own), self.bn_weights), self.targets, strict=True
+            )
+        ]
+        if self.settings.loss_form == "released":
+            norms = [[(v.sum(1) + 1e-12).sqrt() for v in part.split(self.channels, 1)] for part in squares]
+            layers = torch.stack([a + b for a, b in zip(*norms, strict=True)], 1)
+        else:
+            layers = torch.stack([v.sum(1) for v in (squares[0] + squares[1]).split(self.channels, 1)], 1)
+        loss = layers[:, 0] * self.settings.first_bn_multiplier + layers[:, 1:].sum(1)
         return loss.view(self.batches, -1).sum(0)
 
     def _sum_by_cell(self, values: Tensor) -> Tensor:
-        cells = values.new_zeros(self.batches * len(self.shard.classes))
-        return cells.index_add(0, self.cell, values).view(self.batches, -1)
+        # Neither scattered additions, which are not reproducible on a GPU, nor a product with the members,
+        # in which one value that is not finite spoils every sum.
+        return torch.where(self.members, values, 0).sum(1).view(self.batches, -1)
 
 
 def _check_finite(curves: dict[str, list[Tensor]], first: int, shard: Shard) -> None:

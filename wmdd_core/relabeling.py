@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wmdd_core.augmentation import Views, draw_views, view_batch
+from wmdd_core.augmentation import Views, batch_viewer, draw_views, view_batch
+from wmdd_core.graphs import replayed
 from wmdd_core.models import Classifier
 from wmdd_core.progress import Progress
 from wmdd_core.seeding import torch_generator
@@ -70,14 +71,22 @@ def label_views(
         for module in teacher.modules():
             if hasattr(module, "track_running_stats"):
                 module.momentum = 0.0  # look at the batch, leave the running statistics alone
+    device = images.device
+    mean, std = mean.to(device), std.to(device)
+
+    def label(indices: Tensor, *drawn: Tensor) -> Tensor:
+        inputs = view_batch(images, Views(*drawn), indices, mean, std, cutmix=settings.cutmix)
+        with precision or nullcontext():
+            return teacher(inputs).half()
+
+    label = replayed(label, device)
+    indices = torch.arange(len(images), device=device)
     first = state["epochs"] if progress and (state := progress.resume()) else 0
     for epoch in range(first, len(labels)):
-        views = settings.views(epoch, len(images), images.shape[-1])
-        for chosen in torch.arange(len(images)).split(batch_size):
-            inputs = view_batch(images, views, chosen, mean, std)
-            with precision or nullcontext():
-                logits = teacher(inputs)
-            labels[epoch, chosen.numpy()] = logits.half().cpu().numpy()
+        drawn = vars(settings.views(epoch, len(images), images.shape[-1]).to(device)).values()
+        for start in range(0, len(images), batch_size):
+            logits = label(indices[start : start + batch_size], *drawn)
+            labels[epoch, start : start + batch_size] = logits.cpu().numpy()
         if progress:
             progress.step(epoch, len(labels), lambda: _flushed(labels, {"epochs": epoch + 1}), dict)  # noqa: B023
 
@@ -103,19 +112,26 @@ def soft_label_batches(
 
     `weights` (M,) average 1; the views are those that `label_views` labelled. `labels` are its array, or the
     frozen teacher, which then labels each view as it comes: the same labels but for rounding, nothing stored.
+    On a GPU a batch overwrites the views of the one before.
     """
 
+    device = images.device
+    view = batch_viewer(images, mean, std, cutmix=settings.cutmix)
+    weights = weights.to(device)
+
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        views = settings.views(epoch, len(images), images.shape[-1])
-        stored = torch.from_numpy(np.array(labels[epoch])) if isinstance(labels, np.ndarray) else None
-        for chosen in shuffled(len(images), batch_size, seed_names, epoch):
-            inputs = view_batch(images, views, chosen, mean, std)
+        views = settings.views(epoch, len(images), images.shape[-1]).to(device)
+        stored = (
+            torch.from_numpy(np.array(labels[epoch])).to(device) if isinstance(labels, np.ndarray) else None
+        )
+        for chosen in shuffled(len(images), batch_size, seed_names, epoch, device):
+            inputs = view(chosen, views)
             if stored is not None:
-                logits = stored[chosen].to(inputs.device)
+                logits = stored[chosen]
             else:
                 with torch.no_grad(), precision or nullcontext():
                     logits = labels(inputs).half()
-            yield inputs, logits.float(), weights[chosen].to(inputs.device)
+            yield inputs, logits.float(), weights[chosen]
 
     return batches
 
@@ -132,23 +148,27 @@ def hard_label_batches(
 ) -> Callable[[int], Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]]:
     """Epochs of (views, own class, pasted class, pasted share, weights): same views, classes as labels."""
 
+    device = images.device
+    view = batch_viewer(images, mean, std, cutmix=settings.cutmix)
+    labels, weights = labels.to(device), weights.to(device)
+
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         resolution = images.shape[-1]
-        views = settings.views(epoch, len(images), resolution)
-        for chosen in shuffled(len(images), batch_size, seed_names, epoch):
-            inputs = view_batch(images, views, chosen, mean, std)
+        views = settings.views(epoch, len(images), resolution).to(device)
+        for chosen in shuffled(len(images), batch_size, seed_names, epoch, device):
             mixed = views[chosen]
             share = mixed.patch[:, 2:].prod(1) / resolution**2
-            targets = (labels[chosen], labels[mixed.partner], share, weights[chosen])
-            yield inputs, *(t.to(inputs.device) for t in targets)
+            yield view(chosen, views), labels[chosen], labels[mixed.partner], share, weights[chosen]
 
     return batches
 
 
-def shuffled(count: int, batch_size: int, seed_names: tuple, epoch: int) -> tuple[Tensor, ...]:
+def shuffled(
+    count: int, batch_size: int, seed_names: tuple, epoch: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, ...]:
     """A random order of `count` indices for `epoch`, in batches; a last batch of one joins the one before."""
     order = torch.randperm(count, generator=torch_generator(*seed_names, "order", epoch))
-    parts = list(order.split(batch_size))
+    parts = list(order.to(device).split(batch_size))
     if len(parts) > 1 and len(parts[-1]) == 1:  # BatchNorm has no variance in a batch of one
         parts[-2:] = [torch.cat(parts[-2:])]
     return tuple(parts)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from wmdd_core.augmentation import draw_crop, draw_views, normalise, view_batch
+from wmdd_core.augmentation import batch_viewer, draw_crop, draw_views, normalise
 from wmdd_core.errors import UserError
+from wmdd_core.graphs import replayed
 from wmdd_core.progress import Progress
 from wmdd_core.seeding import torch_generator
 from wmdd_core.sources import ImageSource
@@ -106,19 +107,29 @@ def fit(
         curve, first = Curve(**state["curve"]), len(state["curve"]["epoch"])
     parallel = dist.is_initialized()
     network = DistributedDataParallel(model) if parallel else model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def differentiate(inputs: Tensor, *targets: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        optimizer.zero_grad(set_to_none=True)
+        with precision or nullcontext():
+            logits = network(inputs)
+        batch_loss = loss(logits.float(), *targets)
+        (batch_loss * _share_of_batch(inputs) if parallel else batch_loss).backward()
+        return batch_loss.detach(), [p.grad for p in parameters]
+
+    if not parallel:
+        differentiate = replayed(differentiate, parameters[0].device)
     for epoch in range(first, schedule.epochs):
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate_at(epoch)
         total, count = 0.0, 0
         for inputs, *targets in batches(epoch):
-            with precision or nullcontext():
-                logits = network(inputs)
-            batch_loss = loss(logits.float(), *targets)
-            optimizer.zero_grad(set_to_none=True)
-            (batch_loss * _share_of_batch(inputs) if parallel else batch_loss).backward()
+            batch_loss, gradients = differentiate(inputs, *targets)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
             optimizer.step()
-            total, count = total + batch_loss.detach() * len(inputs), count + len(inputs)
+            total, count = total + batch_loss * len(inputs), count + len(inputs)
         if parallel:
             total, count = _summed(torch.stack([total, total.new_tensor(count)]))
         mean = float(total) / int(count)
@@ -189,16 +200,21 @@ def real_batches(
     flip: bool,
     device: torch.device,
 ) -> Callable[[int], Iterator[Batch]]:
-    """Batches of resident real images, uint8 (N, 3, R, R), freshly cropped and flipped in each epoch."""
+    """Batches of resident real images, uint8 (N, 3, R, R), freshly cropped and flipped in each epoch.
+
+    On a GPU a batch overwrites the images of the one before.
+    """
+    view = batch_viewer(images, mean, std, cutmix=False)
 
     def batches(epoch: int) -> Iterator[Batch]:
         generator = torch_generator(*seed_names, "epoch", epoch)
-        order = torch.randperm(len(images), generator=generator)
+        order = torch.randperm(len(images), generator=generator).to(device)
         views = draw_views(len(images), images.shape[-1], generator, crop_scale_min=crop_scale_min, flip=flip)
+        views = views.to(device)
         for chosen in order.split(batch_size):
             if trainable(len(chosen), len(images)):
                 mine = part_of_batch(chosen)
-                yield view_batch(images, views, mine, mean, std), labels[mine].to(device)
+                yield view(mine, views), labels[mine]
 
     return batches
 

@@ -95,11 +95,14 @@ class Job:
         """The device that was asked for; `auto` is a free GPU if there is one, otherwise the CPU."""
         import torch
 
-        if self.device_name != "auto":
-            return torch.device(self.device_name)
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", _free_gpu(torch.cuda.device_count()))
+        if self.device_name == "auto":
+            gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            device = torch.device("cuda", _free_gpu(gpus)) if gpus else torch.device("cpu")
+        else:
+            device = torch.device(self.device_name)
+        if device.type == "cuda":
+            compute_reproducibly()
+        return device
 
 
 _HELD: list = []
@@ -139,6 +142,15 @@ def precision(settings: Mapping, device: torch.device) -> AbstractContextManager
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext()
+
+
+def compute_reproducibly() -> None:
+    """Take those of a GPU's algorithms that give the same bits each time; where none does, PyTorch warns."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
 
 
 def run(main: Callable[[Job], None]) -> None:

@@ -1,0 +1,240 @@
+"""What only a GPU can show: a CPU's results but for rounding, and equal bits each time, replayed or not."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from wmdd_core import augmentation, recovery, relabeling, training
+from wmdd_core.batchnorm import StatisticsAccumulator, group_moments, image_moments, record_input_moments
+from wmdd_core.features import extract_features
+from wmdd_core.models import build_model, freeze
+from wmdd_core.recovery import RecoverySettings, Shard, recover_images
+from wmdd_core.relabeling import ViewSettings, hard_label_batches, label_views, mixed_label_loss
+from wmdd_core.seeding import torch_generator
+from wmdd_core.training import FileCrops, Schedule, file_batches, fit, hard_label_loss, real_batches
+from workflow_scripts.job import compute_reproducibly, precision
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+CLASSES, RESOLUTION, IPC = 4, 32, 3
+MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reproducible():
+    compute_reproducibly()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """A switch: from now on nothing is replayed."""
+
+    def switch():
+        for module in (augmentation, recovery, relabeling, training):
+            monkeypatch.setattr(module, "replayed", lambda work, _device: work)
+
+    return switch
+
+
+def network(architecture: str = "resnet18", resolution: int = RESOLUTION) -> nn.Module:
+    """A frozen network whose BatchNorm has seen a batch."""
+    model = build_model(architecture, CLASSES, resolution, seed=1)
+    for layer in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        layer.momentum = None
+    with torch.no_grad():
+        model(torch.randn(16, 3, resolution, resolution, generator=torch_generator("batch")))
+    return freeze(model)
+
+
+def shard_of(model: nn.Module, resolution: int = RESOLUTION) -> Shard:
+    images = torch.randn(5 * CLASSES, 3, resolution, resolution, generator=torch_generator("real"))
+    labels = torch.arange(5 * CLASSES) % CLASSES
+    accumulator = StatisticsAccumulator(CLASSES)
+    with torch.no_grad(), record_input_moments(model) as moments:
+        features = model.features(images)
+        accumulator.add(moments, labels)
+    group = torch.arange(CLASSES).repeat_interleave(IPC)
+    return Shard(
+        torch.arange(CLASSES),
+        group,
+        torch.arange(IPC).repeat(CLASSES),
+        torch.rand(CLASSES * IPC, generator=torch_generator("weights")).double(),
+        accumulator.statistics(),
+        features[group],
+        lambda c, count, generator: features[labels == c],
+    )
+
+
+def recover(device: torch.device, name: str, resolution: int = RESOLUTION, **changes: object):
+    model = network(resolution=resolution)
+    settings = {"iterations": 12, "learning_rate": 0.05, "lambda_bn": 3.0, "crop_scale_min": 0.5, "roll": 4}
+    return recover_images(
+        copy.deepcopy(model).to(device),
+        shard_of(model, resolution),
+        RecoverySettings(**{**settings, **changes}),
+        resolution=resolution,
+        mean=MEAN,
+        std=STD,
+        seed_names=(0, "gpu"),
+        device=device,
+        precision=precision({"precision": name}, device),
+    )
+
+
+SETTINGS = {
+    "paper": {},
+    "released": {"loss_form": "released", "ce_weight": 1.0},
+    "sre2l": {"feature_term": "cross_entropy", "bn_term": "global", "first_bn_multiplier": 10.0},
+    "sets": {"feature_term": "mmd_rbf"},
+}
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
+def test_a_replayed_recovery_gives_the_bits_of_one_that_is_not(changes, name, eager):
+    replayed, again = recover(GPU, name, **changes), recover(GPU, name, **changes)
+    eager()
+    wanted = recover(GPU, name, **changes)
+    for found in (replayed, again):
+        assert torch.equal(found.images, wanted.images)
+        assert all(torch.equal(found.losses[n], v) for n, v in wanted.losses.items())
+    assert not torch.equal(wanted.losses["bn_loss"][3], wanted.losses["bn_loss"][11])
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("float32", 0.003), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("resolution", [RESOLUTION, 80])  # with the large stem and its pooling, too
+def test_a_recovery_begins_as_on_a_cpu_and_goes_on_alike(changes, name, tolerance, resolution):
+    """Adam's first steps go by a gradient's sign, where rounding decides: later losses are only alike."""
+    found, wanted = recover(GPU, name, resolution, **changes), recover(CPU, "float32", resolution, **changes)
+    for term, losses in wanted.losses.items():
+        own, losses = found.losses[term].sum(1), losses.sum(1)
+        assert own[0].item() == pytest.approx(losses[0].item(), rel=tolerance)
+        torch.testing.assert_close(own, losses, rtol=0.1, atol=0)
+
+
+def test_moments_of_half_precision_are_summed_in_float32():
+    generator = torch_generator("moments")
+    x = (3 + 0.5 * torch.randn(4, 6, 50, 40, generator=generator)).bfloat16().double()
+    weights = torch.full((1, 4), 0.25)
+    with torch.no_grad():
+        half = x.to(GPU, torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        found = group_moments(image_moments(half), weights.to(GPU))
+    wanted = group_moments(image_moments(x), weights.double())
+    for value, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value.double().cpu(), exact, rtol=1e-5, atol=0)
+
+
+def test_features_and_statistics_are_those_of_a_cpu():
+    model, images = network(), torch.randn(30, 3, 32, 32, generator=torch_generator("images"))
+    labels, found = torch.arange(30) % CLASSES, {}
+    for device in (CPU, GPU):
+        features = np.empty((30, 512), np.float32)
+        batches = [(i, images[i : i + 8].to(device), labels[i : i + 8]) for i in range(0, 30, 8)]
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, deterministic=True):
+            statistics = extract_features(
+                copy.deepcopy(model).to(device), lambda _, b=batches: b, features, CLASSES
+            ).statistics()
+        found[device] = [
+            torch.from_numpy(features),
+            *(v for s in statistics.values() for v in (s.mean, s.var)),
+        ]
+    for value, wanted in zip(found[GPU], found[CPU], strict=True):
+        assert (value - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def labels_of(device: torch.device, name: str = "float32", cutmix: bool = True) -> np.ndarray:
+    images = torch.randint(0, 256, (11, 3, 32, 32), generator=torch_generator("set"), dtype=torch.uint8)
+    labels = np.full((7, 11, CLASSES), np.nan, np.float16)
+    settings = ViewSettings(seed=0, crop_scale_min=0.3, flip=True, cutmix=cutmix)
+    model = network().to(device)
+    label_views(
+        model,
+        images.to(device),
+        settings,
+        MEAN,
+        STD,
+        labels,
+        batch_size=4,
+        precision=precision({"precision": name}, device),
+    )
+    return labels
+
+
+@pytest.mark.parametrize("cutmix", [False, True])
+def test_labels_are_those_of_a_cpu_and_replayed_to_the_bit(cutmix, eager):
+    found, wanted = labels_of(GPU, cutmix=cutmix), labels_of(CPU, cutmix=cutmix)
+    assert np.linalg.norm(np.float32(found) - wanted) < 0.01 * np.linalg.norm(np.float32(wanted))
+    eager()
+    assert np.array_equal(found, labels_of(GPU, cutmix=cutmix))
+
+
+def train(device: torch.device, kind: str, optimizer: str, name: str = "bfloat16"):
+    """A student of 11 images in batches of 4, the last of 3, for five epochs: state and curve."""
+    images = torch.randint(0, 256, (11, 3, 32, 32), generator=torch_generator("set"), dtype=torch.uint8)
+    images, labels = images.to(device), (torch.arange(11) % CLASSES).to(device)
+    if kind == "real":
+        loss = hard_label_loss
+        batches = real_batches(
+            images, labels, 4, MEAN, STD, (0,), crop_scale_min=0.3, flip=True, device=device
+        )
+    else:
+        loss = mixed_label_loss
+        views = ViewSettings(seed=0, crop_scale_min=0.3, flip=True, cutmix=True)
+        batches = hard_label_batches(images, torch.ones(11), labels.cpu(), views, 4, MEAN, STD, (0,))
+    model = build_model("resnet18", CLASSES, RESOLUTION, seed=2).to(device)
+    curve = fit(
+        model,
+        Schedule(5, optimizer, 0.01),
+        batches,
+        loss,
+        precision=precision({"precision": name}, device),
+    )
+    return model.state_dict(), curve
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", ["real", "distilled"])
+def test_training_is_replayed_to_the_bit(kind, optimizer, eager):
+    state, curve = train(GPU, kind, optimizer)
+    again, same = train(GPU, kind, optimizer)
+    eager()
+    wanted, told = train(GPU, kind, optimizer)
+    assert curve == same == told
+    assert all(torch.equal(state[n], v) and torch.equal(again[n], v) for n, v in wanted.items())
+
+
+@pytest.mark.parametrize("kind", ["real", "distilled"])
+def test_training_begins_as_on_a_cpu(kind):
+    found, wanted = (train(device, kind, "sgd", "float32")[1] for device in (GPU, CPU))
+    assert found.train_loss[0] == pytest.approx(wanted.train_loss[0], rel=0.02)
+
+
+class Drawn:
+    """A source of random images, as `FileCrops` reads one."""
+
+    labels = np.arange(40) % CLASSES
+
+    def __len__(self) -> int:
+        return 40
+
+    def image(self, i: int):
+        from PIL import Image
+
+        return Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+
+
+def test_processes_that_decode_do_not_disturb_a_capture():
+    def run(workers: int) -> list[float]:
+        crops = FileCrops(Drawn(), RESOLUTION, (0,), 0.3, True)
+        batches = file_batches(crops, 8, MEAN, STD, workers=workers, device=GPU)
+        model = build_model("convnet", CLASSES, RESOLUTION, seed=2, width=16).to(GPU)
+        return fit(model, Schedule(3, "sgd", 0.01), batches, hard_label_loss).train_loss
+
+    assert run(0) == run(3)
