@@ -329,6 +329,8 @@ class ImageStore:
             indices = range(*indices.indices(len(self)))
         return torch.from_numpy(self._read(np.asarray(indices, dtype=np.int64)))
 
+    __getitem__ = read
+
 
 class _MappedReader:
     """Reads rows of a .npy file; pickles as its path, since a memory map would pickle as its content."""

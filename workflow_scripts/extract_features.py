@@ -21,7 +21,7 @@ def main(job: Job) -> None:
     features = progress.array(np.float32, shape)
     statistics = extract_features(
         freeze(teacher),
-        lambda start: in_order(store, description, device, start),
+        lambda start: in_order(store, description, device, start, job.threads),
         features,
         len(description["classes"]),
         progress=progress,

@@ -65,14 +65,24 @@ def images_per_pass(device: torch.device) -> int:
 
 
 def in_order(
-    store: ImageStore, description: dict, device: torch.device, start: int
+    store: ImageStore, description: dict, device: torch.device, start: int, workers: int = 1
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(position, normalised images, labels) from image `start` on, a pass at a time."""
-    (mean, std), batch_size = normalisation(description), images_per_pass(device)
-    for position in range(start, len(store), batch_size):
-        chosen = np.arange(position, min(position + batch_size, len(store)))
-        images = store.read(chosen).to(device, non_blocking=True)
-        yield position, normalise(images, mean, std), torch.as_tensor(store.labels[chosen])
+    """(position, normalised images, labels) from image `start` on, a pass at a time.
+
+    More than one worker are processes that read ahead, in order, while the network is at work.
+    """
+    (mean, std), size = normalisation(description), images_per_pass(device)
+    passes = [range(p, min(p + size, len(store))) for p in range(start, len(store), size)]
+    images_of_passes = torch.utils.data.DataLoader(
+        store,
+        batch_size=None,
+        sampler=passes,
+        num_workers=workers if workers > 1 else 0,
+        pin_memory=device.type == "cuda",
+    )
+    for chosen, images in zip(passes, images_of_passes, strict=True):
+        images = images.to(device, non_blocking=True)
+        yield chosen.start, normalise(images, mean, std), torch.as_tensor(store.labels[chosen])
 
 
 def load_teacher(path: str, device: torch.device) -> tuple[Classifier, dict]:
