@@ -17,7 +17,7 @@ SIZES = {
     "features": {
         "tiny": [(None, {**TINY, "images": 64, "classes": 4})],
         "cpu": [(0.5, {"architecture": "convnet", "resolution": 32, "images": 10_000, "classes": 10})],
-        "gpu": [(0.5, {**LARGE, "images": 50_000, "classes": 100})],
+        "gpu": [(0.5, {**RESNET, "resolution": 32, "images": 10_000, "classes": 10})],
     },
     "barycenter": {
         "tiny": [(None, {"points": 100, "dimension": 16, "atoms": 5})],
@@ -32,17 +32,22 @@ SIZES = {
             (0.8, {**LARGE, "classes": 1, "ipc": 10, "iterations": 2, **FLOAT32}),
             (0.55, {**LARGE, "classes": 1, "ipc": 10, "iterations": 2, **BFLOAT16}),
         ],
-        "gpu": [(0.55, {**LARGE, "classes": 10, "ipc": 10, "iterations": 100, **BFLOAT16})],
+        "gpu": [
+            (0.5, {**SMALL, "classes": 10, "ipc": 10, "iterations": 200, **BFLOAT16}),
+            (0.5, {**LARGE, "classes": 1, "ipc": 10, "iterations": 200, **BFLOAT16}),
+            (0.5, {**LARGE, "classes": 10, "ipc": 10, "iterations": 500, **BFLOAT16}),
+            (0.5, {**LARGE, "classes": 10, "ipc": 10, "iterations": 200, **FLOAT32}),
+        ],
     },
     "relabel": {
         "tiny": [(None, {**TINY, "images": 12, "epochs": 2})],
         "cpu": [(0.5, {**SMALL, "images": 100, "epochs": 3, **p}) for p in (FLOAT32, BFLOAT16)],
-        "gpu": [(0.5, {**LARGE, "images": 10_000, "epochs": 10, **BFLOAT16})],
+        "gpu": [(0.5, {**SMALL, "images": 100, "epochs": 100, **BFLOAT16})],
     },
     "evaluate": {
         "tiny": [(None, {**TINY, "images": 12, "epochs": 2, "test": 20})],
         "cpu": [(0.5, {**SMALL, "images": 100, "epochs": 2, "test": 50, **p}) for p in (FLOAT32, BFLOAT16)],
-        "gpu": [(0.5, {**LARGE, "images": 10_000, "epochs": 10, "test": 5000, **BFLOAT16})],
+        "gpu": [(0.2, {**SMALL, "images": 100, "epochs": 100, "test": 50, **BFLOAT16})],
     },
 }
 OTHERS = ("startup", "limits", "scaling")

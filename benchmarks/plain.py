@@ -134,7 +134,7 @@ def recover(
         loss.backward()
         optimizer.step()
         for channel in range(3):
-            low, high = -mean[channel] / std[channel], (1 - mean[channel]) / std[channel]
+            low, high = ((bound - float(mean[channel])) / float(std[channel]) for bound in (0, 1))
             images.data[:, channel] = torch.clamp(images.data[:, channel], low, high)
         losses.append((feature_loss.item(), bn_loss.item()))
     for hook in hooks:

@@ -309,8 +309,9 @@ def recover(
         return {"movement": (images - initial).numpy(), "losses": losses.numpy()}
 
     def run() -> dict[str, float]:
-        call({**VIEWS, "roll": resolution // 7}, iterations)
-        return {}
+        start = time.perf_counter()
+        call({**VIEWS, "roll": resolution // 7}, iterations)  # ends with the images on the CPU
+        return {"image-iterations a second": classes * ipc * iterations / (time.perf_counter() - start)}
 
     return Work(check, run)
 
