@@ -23,11 +23,12 @@ import numpy as np
 SIDES = ("ours", "plain")
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "POT")
 
-# ‖ours − plain‖ / ‖plain‖ of the arrays that a side's check gives, in float32 and in bfloat16. Adam's first
-# steps go by the gradient's sign, so a value whose gradient is all rounding moves a full step either way:
-# losses are held close, what Adam has moved to what tells one gradient from another (unrelated ones: 1.4).
+# ‖ours − plain‖ / ‖plain‖ of the arrays that a side's check gives, in float32 and in what is coarser:
+# bfloat16, or a GPU, whose convolutions of float32 are TF32 with 10 bits of fraction instead of 23. Adam's
+# first steps go by the gradient's sign, so a value whose gradient is all rounding moves a full step either
+# way: losses are held close, what Adam has moved to what tells one gradient from another (unrelated: 1.4).
 TOLERANCES = {
-    "features": {"": (1e-4, 1e-4)},
+    "features": {"": (1e-4, 1e-2)},
     "recover": {"losses": (1e-4, 1e-2), "movement": (0.2, 0.8)},
     "relabel": {"logits": (2e-3, 3e-2)},
     "evaluate": {"losses": (1e-2, 5e-2), "logits": (0.1, 0.4)},
@@ -93,7 +94,8 @@ def compare(
             for side, pool in pools.items():
                 pool.submit(_prepare, stage, side, device, folder, dict(sizes)).result()
             checked = {side: pool.submit(_check).result() for side, pool in pools.items()}
-            differences = check_agreement(stage, sizes, checked["ours"], checked["plain"])
+            coarse = bool(sizes.get("bfloat16")) or device == "cuda"
+            differences = check_agreement(stage, checked["ours"], checked["plain"], coarse)
             for _ in range(repeats):
                 for side, pool in pools.items():
                     taken, found = pool.submit(_run, device).result()
@@ -151,7 +153,7 @@ def _peak(device: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def check_agreement(stage: str, sizes: Mapping, ours: Mapping, plain: Mapping) -> dict[str, float]:
+def check_agreement(stage: str, ours: Mapping, plain: Mapping, coarse: bool = False) -> dict[str, float]:
     """By how much the results differ; raises `Disagreement` where that is too much."""
     if stage == "barycenter":
         above = float(ours["w2_squared"] / plain["w2_squared"] - 1)
@@ -164,7 +166,7 @@ def check_agreement(stage: str, sizes: Mapping, ours: Mapping, plain: Mapping) -
         return {"above k-means": above, "above free support": against}
     tolerances, differences = TOLERANCES[stage], {}
     for name, wanted in plain.items():
-        tolerance = tolerances.get(name, tolerances.get(""))[bool(sizes.get("bfloat16"))]
+        tolerance = tolerances.get(name, tolerances.get(""))[coarse]
         difference = np.linalg.norm(np.float64(ours[name]) - wanted) / np.linalg.norm(np.float64(wanted))
         if not difference <= tolerance:
             raise Disagreement(f"{stage}: {name} differ by {difference:.2g} relative, more than {tolerance}")

@@ -32,8 +32,8 @@ TRIALS = 10
 PAIRS = 4096
 """Points up to which k-means++ may keep all their distances (64 MB); beyond, it computes rows when drawn."""
 
-BLOCK = 2**20
-"""Point-atom distances that polishing holds at a time (4 MB)."""
+BLOCK = 2**19
+"""Point-atom distances that polishing holds at a time (2 MB)."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _polished_draw(
     if size == len(points):
         return points
     scale = math.sqrt(np.mean(points**2)) or 1.0
-    light = (points / scale).astype(np.float32)
+    light = np.divide(points, scale, out=np.empty(points.shape, np.float32), casting="same_kind")
     starts = light[_plus_plus(light, size, restarts, generator)]
     starts, costs = _lloyd(light, starts)
     better = np.argsort(costs, kind="stable")[: math.ceil(restarts / 4)]
@@ -261,11 +261,11 @@ def _plus_plus(points: np.ndarray, size: int, restarts: int, generator: np.rando
 
 
 def _lloyd(points: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`LLOYD_STEPS` of k-means from starts (r, m, D) → supports (r, m, D) and their cost before the last."""
-    rows = max(1, BLOCK // (len(points) * starts.shape[1]))
-    blocks = [_lloyd_block(points, starts[k : k + rows]) for k in range(0, len(starts), rows)]
-    supports, costs = zip(*blocks, strict=True)
-    return np.concatenate(supports), np.concatenate(costs)
+    """Move starts (r, m, D) by `LLOYD_STEPS` of k-means, in place → them, and their costs before the last."""
+    rows, costs = max(1, BLOCK // (len(points) * starts.shape[1])), np.empty(len(starts), starts.dtype)
+    for k in range(0, len(starts), rows):
+        starts[k : k + rows], costs[k : k + rows] = _lloyd_block(points, starts[k : k + rows])
+    return starts, costs
 
 
 def _lloyd_block(points: np.ndarray, supports: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -277,6 +277,7 @@ def _lloyd_block(points: np.ndarray, supports: np.ndarray) -> tuple[np.ndarray, 
         cost = squared_cost(points, supports).reshape(count, runs, size)
         nearest = cost.argmin(2)
         costs = np.take_along_axis(cost, nearest[:, :, None], 2)[:, :, 0].mean(0)
+        del cost  # before the next is made
         member = csr_array((ones, ((nearest + column).ravel(), source)), shape=(len(supports), count))
         masses = member.sum(1)[:, None]
         supports = np.where(masses > 0, member @ points / np.maximum(masses, 1), supports)
