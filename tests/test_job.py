@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ def make_job(folder: Path, **inputs: str) -> Job:
 
 TWIN = """
 import sys, time
+from dataclasses import replace
 from pathlib import Path
 from workflow_scripts import job as jobs
 from workflow_scripts.job import Job
@@ -170,3 +172,15 @@ def test_scratch_holds_a_copy_for_as_long_as_the_process_lives(tmp_path, monkeyp
     assert copy.read_bytes() == b"features" and (tmp_path / "scratch") in copy.parents
     held.clear()
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_job_on_a_gpu_asks_for_the_same_bits_each_time(tmp_path):
+    import torch
+
+    assert replace(make_job(tmp_path), device_name="cpu").device() == torch.device("cpu")
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        assert replace(make_job(tmp_path), device_name="cuda:0").device() == torch.device("cuda:0")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

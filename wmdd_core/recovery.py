@@ -283,7 +283,6 @@ class Objective:
         # A cell is the images of one class in one batch; per-cell terms are (batches, classes).
         batch = torch.zeros_like(shard.group) if shard.batch is None else shard.batch
         self.batches, cell = int(batch.max()) + 1, batch * len(shard.classes) + shard.group
-        self.cell = cell.to(device)
         cells = torch.arange(self.batches * len(shard.classes))
         self.members = (cells[:, None] == cell).to(device)
         if settings.bn_term == "global":
@@ -295,8 +294,8 @@ class Objective:
             self.targets = self._bn_targets()
             self.channels = [layer.mean.shape[1] for layer in shard.statistics.values()]
 
-    def _bn_targets(self) -> Moments:
-        """Mean and variance to match, of every layer's channels side by side: two (cells, ΣC)."""
+    def _bn_targets(self) -> Tensor:
+        """Mean and variance to match, every layer's channels side by side: (2, cells, ΣC)."""
 
         def moments(layer: LayerStatistics) -> Moments:
             if self.settings.bn_term == "global":
@@ -305,7 +304,7 @@ class Objective:
             return layer.mean[classes], layer.var[classes]
 
         parts = zip(*map(moments, self.shard.statistics.values()), strict=True)
-        return tuple(torch.cat(part, 1).float().to(self.device) for part in parts)
+        return torch.stack([torch.cat(part, 1) for part in parts]).float().to(self.device)
 
     def __call__(self, viewed: Tensor, step: int) -> tuple[dict[str, Tensor], Tensor]:
         with record_input_moments(self.model) as moments:
@@ -346,7 +345,7 @@ class Objective:
         return torch.stack([self._set_distance(features, c, step) for c in cells]).view(self.batches, -1)
 
     def _set_distance(self, features: Tensor, cell: int, step: int) -> Tensor:
-        chosen = self.cell == cell
+        chosen = self.members[cell]
         label = int(self.shard.classes[cell % len(self.shard.classes)])
         generator = torch_generator(*self.seed_names, "real features", label, step)
         real = self.shard.real_features(label, self.settings.real_batch, generator).to(self.device)
@@ -365,18 +364,12 @@ class Objective:
     def bn_loss(self, moments: dict[str, Moments]) -> Tensor:
         """The BatchNorm term of each class (G,), or (1,) for the global statistics, summed over batches."""
         # All layers at once: their statistics are small, and a GPU's time would go into starting on each.
-        own = (torch.cat(part, 1) for part in zip(*(moments[n] for n in self.shard.statistics), strict=True))
-        squares = [
-            (mean_or_var - wanted).square()
-            for mean_or_var, wanted in zip(
-                group_moments(tuple(own), self.bn_weights), self.targets, strict=True
-            )
-        ]
+        own = [torch.cat(part, 1) for part in zip(*(moments[n] for n in self.shard.statistics), strict=True)]
+        squares = (torch.stack(group_moments((own[0], own[1]), self.bn_weights)) - self.targets).square()
+        layers = torch.stack([layer.sum(-1) for layer in squares.split(self.channels, -1)], -1)
         if self.settings.loss_form == "released":
-            norms = [[(v.sum(1) + 1e-12).sqrt() for v in part.split(self.channels, 1)] for part in squares]
-            layers = torch.stack([a + b for a, b in zip(*norms, strict=True)], 1)
-        else:
-            layers = torch.stack([v.sum(1) for v in (squares[0] + squares[1]).split(self.channels, 1)], 1)
+            layers = (layers + 1e-12).sqrt()
+        layers = layers.sum(0)  # mean and variance
         loss = layers[:, 0] * self.settings.first_bn_multiplier + layers[:, 1:].sum(1)
         return loss.view(self.batches, -1).sum(0)
 

@@ -129,8 +129,6 @@ def fit(
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
-            # Freed before the next forward pass: where they lie would split the memory that it reuses.
-            del gradient, gradients
             total, count = total + batch_loss * len(inputs), count + len(inputs)
         if parallel:
             total, count = _summed(torch.stack([total, total.new_tensor(count)]))
