@@ -233,8 +233,8 @@ def test_a_dataset_of_unknown_size_is_told_and_not_guessed():
 
 def test_a_step_takes_no_less_than_its_least_time():
     total = Total()
-    total.add(Cost(operations=1.0, steps=3e5), COSTS)
-    assert total.gpu_hours == pytest.approx((6 + 3e5 * 0.003) / 3600)
+    total.add(Cost(operations=1.0, steps=1.2e6), COSTS)
+    assert total.gpu_hours == pytest.approx((6 + 1.2e6 * 0.003) / 3600)
     total.add(Cost(operations=60e12 * 3600, steps=1), COSTS)
     assert total.gpu_hours == pytest.approx((6 + 3600 + 6 + 3600) / 3600)
     assert total.instead_hours == pytest.approx((12 + (60e12 * 3600 + 1) / 0.06e12) / 3600)
