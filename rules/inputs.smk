@@ -627,12 +627,19 @@ def page_input(w):
     return {"parts": [item_file(item["name"]) for item in page_items(w.page)]}
 
 
+def displayed(path):
+    """A file as the user would name it: from here, where it lies below."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.pardir) else relative
+
+
 @settings_for
 def build_page_settings(w):
     return {
         "page": w.page,
         "items": page_items(w.page),
         "config": config,
+        "laid_over": [displayed(path) for path in workflow.overwrite_configfiles],
         "template": content_of("report/page.html"),
     }
 

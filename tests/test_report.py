@@ -455,7 +455,12 @@ def page(tmp_path) -> tuple[str, Resources]:
         "recipes": {"wmdd": {}},
         "figures": {"curve": {"kind": "accuracy"}},
     }
-    settings = {"page": "index", "items": items, "config": {"seed": 7, **blocks}}
+    settings = {
+        "page": "index",
+        "items": items,
+        "config": {"seed": 7, **blocks},
+        "laid_over": ["presets/a.yaml", "mine.yaml"],
+    }
     parts = [str(tmp_path / n) for n in ("main.csv", "cost.csv", "curve.png")]
     files = {"template": str(REPORT / "page.html"), "parts": parts}
     output = {"page": str(tmp_path / "index.html")}
@@ -479,7 +484,7 @@ def test_page_holds_every_item_with_its_command_and_files(page):
     assert {"main", "cost", "curve", "provenance"} <= resources.ids
     for name in ("main", "cost", "curve"):
         assert f'href="#{name}"' in text
-        assert f"snakemake --cores 2 {name}</code>" in text
+        assert f"snakemake --cores 2 {name} --configfile presets/a.yaml mine.yaml</code>" in text
     for file in ("main.csv", "main.md", "main.tex", "cost.csv", "curve.png", "curve.pdf"):
         assert f'href="{file}"' in text
     assert 'href="curve.csv"' not in text  # there is none

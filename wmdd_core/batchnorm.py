@@ -119,7 +119,7 @@ def record_input_moments(model: nn.Module) -> Iterator[dict[str, Moments]]:
 
     def observe(name: str, layer: nn.Module, x: Tensor) -> Tensor:
         frozen = not layer.training and not any(p.requires_grad for p in layer.parameters())
-        if x.is_cuda and x.ndim == 4 and frozen:
+        if x.is_cuda and x.ndim == 4 and x.dtype != torch.float64 and frozen:
             statistics = layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps
             output, *recorded[name] = _FrozenBatchNorm.apply(x, *statistics)
             return output

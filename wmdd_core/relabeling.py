@@ -146,7 +146,10 @@ def hard_label_batches(
     std: Tensor,
     seed_names: tuple,
 ) -> Callable[[int], Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]]:
-    """Epochs of (views, own class, pasted class, pasted share, weights): same views, classes as labels."""
+    """Epochs of (views, own class, pasted class, pasted share, weights): same views, classes as labels.
+
+    On a GPU a batch overwrites the views of the one before.
+    """
 
     device = images.device
     view = batch_viewer(images, mean, std, cutmix=settings.cutmix)

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import platform
+import shlex
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -142,8 +143,8 @@ def image_of(path: str) -> dict:
     return {"uri": uri, "width": round(width / PIXEL_RATIO), "height": round(height / PIXEL_RATIO)}
 
 
-def build_item(item: Mapping, path: str, page: str, config: Mapping) -> dict:
-    """What the template needs to show one table or figure."""
+def build_item(item: Mapping, path: str, page: str, config: Mapping, laid_over: Sequence[str]) -> dict:
+    """What the template needs to show one table or figure; `laid_over` are the run's own config files."""
     name, kind = item["name"], item["kind"]
     folder = os.path.dirname(page)
     files = [os.path.splitext(path)[0] + "." + f for f in FORMATS[kind]]
@@ -152,7 +153,9 @@ def build_item(item: Mapping, path: str, page: str, config: Mapping) -> dict:
         "kind": kind,
         "title": item.get("title", heading(name).capitalize()),
         "caption": item.get("caption", ""),
-        "command": f"snakemake --cores 2 {name}",
+        "command": shlex.join(
+            ["snakemake", "--cores", "2", name, *(["--configfile", *laid_over] if laid_over else [])]
+        ),
         "links": [
             (os.path.relpath(f, folder), Path(f).suffix[1:].upper()) for f in files if os.path.exists(f)
         ],
@@ -193,7 +196,7 @@ def main(job: Job) -> None:
     settings, page = job.settings, job.output["page"]
     header = job.header()
     items = numbered(
-        build_item(item, path, page, settings["config"])
+        build_item(item, path, page, settings["config"], settings["laid_over"])
         for item, path in zip(settings["items"], listed(job.input["parts"]), strict=True)
     )
     environment = jinja2.Environment(
