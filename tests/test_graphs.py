@@ -1,0 +1,62 @@
+"""When work is captured and what a replay reads, with a pretended graph; tests/test_gpu.py has real ones."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from wmdd_core.graphs import EAGER_CALLS, replayed
+
+
+class Recorder:
+    """Work that doubles a tensor into one buffer, and a graph that repeats it."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+        self.captured, self.replays, self.result = None, 0, torch.zeros(2)
+
+    def work(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x)
+        if len(x) != 2:
+            return 2 * x
+        return self.result.copy_(2 * x)
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.captured = self.seen[-1] if self.captured is None else self.captured
+        self.result.copy_(2 * self.captured)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorder)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _graph, **_: nullcontext())
+    return recorder
+
+
+def test_the_first_calls_are_eager_and_later_ones_replay_the_capture_with_new_inputs(recorder):
+    call = replayed(recorder.work, torch.device("cuda"))
+    inputs = [torch.full((2,), float(i)) for i in range(EAGER_CALLS + 4)]
+    for i, x in enumerate(inputs):
+        assert call(x).tolist() == [2.0 * i] * 2
+        assert recorder.replays == max(0, i + 1 - EAGER_CALLS)
+    assert len(recorder.seen) == EAGER_CALLS + 1  # the last is the capture's own copy
+    assert recorder.seen[EAGER_CALLS] is not inputs[EAGER_CALLS]
+    assert (
+        inputs[EAGER_CALLS].tolist() == [float(EAGER_CALLS)] * 2
+    )  # which replays overwrite, not the caller's
+
+
+def test_other_shapes_than_the_first_are_never_captured(recorder):
+    call = replayed(recorder.work, torch.device("cuda"))
+    for _ in range(EAGER_CALLS + 2):
+        call(torch.ones(2))
+        assert call(torch.ones(3)).tolist() == [2.0] * 3
+    assert recorder.replays == 2
+    assert sum(len(x) == 3 for x in recorder.seen) == EAGER_CALLS + 2
+
+
+def test_on_a_cpu_work_stays_what_it_is(recorder):
+    work = recorder.work
+    assert replayed(work, torch.device("cpu")) is work
