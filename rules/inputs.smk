@@ -628,9 +628,12 @@ def page_input(w):
 
 
 def displayed(path):
-    """A file as the user would name it: from here, where it lies below."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith(os.pardir) else relative
+    """A file as the user would name it: from the project's folder or from here, where it lies below."""
+    for folder in (workflow.basedir, os.curdir):
+        relative = os.path.relpath(path, folder)
+        if not relative.startswith(os.pardir):
+            return relative
+    return str(path)
 
 
 @settings_for
