@@ -40,7 +40,7 @@ def test_both_sides_do_the_same_work(stage, tmp_path):
     ((_, sizes),) = SIZES[stage]["tiny"]
     sides = {side: getattr(stages, stage)(side, "cpu", tmp_path, **sizes) for side in ("ours", "plain")}
     checked = {side: work.check() for side, work in sides.items()}
-    assert check_agreement(stage, checked["ours"], checked["plain"])
+    assert check_agreement(stage, sizes, checked["ours"], checked["plain"])
     for work in sides.values():
         assert all(np.isfinite(value) for value in work.run().values())
 
@@ -52,16 +52,16 @@ def test_other_work_is_told_from_the_same(stage, tmp_path):
     checked = getattr(stages, stage)("plain", "cpu", tmp_path, **sizes).check()
     for name, values in checked.items():
         with pytest.raises(Disagreement, match=name):
-            check_agreement(stage, {**checked, name: values * 1.5}, checked)
+            check_agreement(stage, sizes, {**checked, name: values * 1.5}, checked)
 
 
 def test_a_worse_barycenter_is_refused():
     plain = {"w2_squared": np.array(10.0), "free_support": np.array(11.0)}
-    assert check_agreement("barycenter", {"w2_squared": np.array(10.1)}, plain)
+    assert check_agreement("barycenter", {}, {"w2_squared": np.array(10.1)}, plain)
     for worse, best in ((10.3, 10.0), (11.1, 11.05)):
         with pytest.raises(Disagreement):
             ours = {"w2_squared": np.array(worse)}
-            check_agreement("barycenter", ours, {**plain, "w2_squared": np.array(best)})
+            check_agreement("barycenter", {}, ours, {**plain, "w2_squared": np.array(best)})
 
 
 def test_a_comparison_has_every_column_and_every_repeat(tmp_path):

@@ -134,10 +134,9 @@ def apply_views(images: Tensor, views: Views) -> Tensor:
     Equals cropping, `interpolate(mode="bilinear")` back to R pixels, mirroring and rolling.
     """
     resolution = images.shape[-1]
-    box, roll = views.box.to(images.device), views.roll.to(images.device)
-    flip = views.flip.to(images.device)
+    box, roll = views.box, views.roll
     rows = resampling_matrix(box[:, 0], box[:, 2], resolution, roll=roll[:, 0])
-    columns = resampling_matrix(box[:, 1], box[:, 3], resolution, roll=roll[:, 1], flip=flip)
+    columns = resampling_matrix(box[:, 1], box[:, 3], resolution, roll=roll[:, 1], flip=views.flip)
     rows, columns = rows.to(images.dtype), columns.to(images.dtype)
     count, channels = images.shape[:2]
     across = torch.bmm(images.reshape(count, channels * resolution, resolution), columns.transpose(1, 2))
@@ -166,7 +165,7 @@ def resampling_matrix(
 
 def mix_views(views: Views, own: Tensor, partners: Tensor) -> Tensor:
     """CutMix: paste each patch of `partners` into `own`, both (N, C, R, R) views already applied."""
-    top, left, height, width = views.patch.to(own.device)[:, :, None].unbind(1)
+    top, left, height, width = views.patch[:, :, None].unbind(1)
     pixels = torch.arange(own.shape[-1], device=own.device)
     in_rows = (pixels >= top) & (pixels < top + height)
     in_columns = (pixels >= left) & (pixels < left + width)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wmdd_core.augmentation import Views, batch_viewer, draw_views, view_batch
+from wmdd_core.augmentation import Views, batch_viewer, draw_views
 from wmdd_core.graphs import replayed
 from wmdd_core.models import Classifier
 from wmdd_core.progress import Progress
@@ -72,10 +72,9 @@ def label_views(
             if hasattr(module, "track_running_stats"):
                 module.momentum = 0.0  # look at the batch, leave the running statistics alone
     device = images.device
-    mean, std = mean.to(device), std.to(device)
+    view = batch_viewer(images, mean, std, cutmix=settings.cutmix)
 
-    def label(indices: Tensor, *drawn: Tensor) -> Tensor:
-        inputs = view_batch(images, Views(*drawn), indices, mean, std, cutmix=settings.cutmix)
+    def label(inputs: Tensor) -> Tensor:
         with precision or nullcontext():
             return teacher(inputs).half()
 
@@ -83,9 +82,9 @@ def label_views(
     indices = torch.arange(len(images), device=device)
     first = state["epochs"] if progress and (state := progress.resume()) else 0
     for epoch in range(first, len(labels)):
-        drawn = vars(settings.views(epoch, len(images), images.shape[-1]).to(device)).values()
+        views = settings.views(epoch, len(images), images.shape[-1]).to(device)
         for start in range(0, len(images), batch_size):
-            logits = label(indices[start : start + batch_size], *drawn)
+            logits = label(view(indices[start : start + batch_size], views))
             labels[epoch, start : start + batch_size] = logits.cpu().numpy()
         if progress:
             progress.step(epoch, len(labels), lambda: _flushed(labels, {"epochs": epoch + 1}), dict)  # noqa: B023
