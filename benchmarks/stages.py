@@ -83,11 +83,16 @@ def teacher(architecture: str, classes: int, resolution: int, side: str, device:
 
 
 def placed(model, side: str, device: str):
-    """The network on its device, in the memory format of its side."""
+    """The network on its device; contiguous, with PyTorch's own convolutions for `plain`."""
     import torch
+
+    from wmdd_core.convolution import Conv2d
 
     if side == "plain":
         model = model.to(memory_format=torch.contiguous_format)
+        for module in model.modules():
+            if isinstance(module, Conv2d):
+                module.__class__ = torch.nn.Conv2d
     return model.to(device)
 
 

@@ -181,9 +181,10 @@ def test_operations_and_dimension_of_a_network_are_those_that_pytorch_counts(net
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from benchmarks.stages import placed
     from wmdd_core.models import build_model
 
-    model = build_model(**network, classes=10, resolution=resolution, seed=0)
+    model = placed(build_model(**network, classes=10, resolution=resolution, seed=0), "plain", "cpu")
     with FlopCounterMode(display=False) as counted:
         features = model.features(torch.zeros(2, 3, resolution, resolution))
     config = {"datasets": {"d": {"source": "digits", "resolution": resolution}}}
