@@ -184,3 +184,21 @@ def test_a_job_on_a_gpu_asks_for_the_same_bits_each_time(tmp_path):
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# ---- memory ----------------------------------------------------------------------------------
+
+
+def test_a_large_heap_is_kept_when_it_is_freed():
+    """Beyond 2 GiB, too, which is as far as a threshold for giving back can be set."""
+    code = """
+import numpy as np
+from workflow_scripts.job import keep_freed_memory
+
+keep_freed_memory()
+np.ones(3 * 2**30, dtype=np.uint8)
+(resident,) = (v for v in open("/proc/self/status") if v.startswith("VmRSS"))
+assert int(resident.split()[1]) > 2.9 * 2**20, resident
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -114,3 +114,22 @@ def test_one_atom_is_solved_without_the_solver():
         "solve_transport(np.ones(1), np.ones(2) / 2, np.ones((1, 2))); sys.exit('ot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_solver_comes_without_the_rest_of_pot_and_is_pots():
+    code = """
+import sys
+import numpy as np
+from wmdd_core.transport import _exact_solver, solve_transport
+
+half = np.ones(2) / 2
+assert solve_transport(half, half, 1 - np.eye(2)).value == 0
+surplus = {"pandas", "sklearn", "networkx", "torch", "matplotlib"} & set(sys.modules)
+assert not surplus, surplus
+import ot
+
+assert ot.emd is ot.lp.emd is _exact_solver()
+assert ot.bregman.sinkhorn(half, half, 1 - np.eye(2), 1).shape == (2, 2)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
