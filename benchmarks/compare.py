@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -77,11 +78,13 @@ def compare(
     threads: int = 2,
     repeats: int = 3,
     target: float | None = None,
+    preload: str | None = None,
 ) -> Compared:
     """Check that both sides of `stage` agree, then time them in turn, `repeats` times each.
 
-    The check is each side's warm-up. Raises `Disagreement` if the results differ by more than the stage's
-    tolerance, or for a barycenter if ours is worse than it must be.
+    The check is each side's warm-up. `preload` is a shared library, an allocator, for our side alone.
+    Raises `Disagreement` if the results differ by more than the stage's tolerance, or for a barycenter if
+    ours is worse than it must be.
     """
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     figures: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
@@ -91,7 +94,8 @@ def compare(
         pools = {s: ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for s in SIDES}
         try:
             for side, pool in pools.items():
-                pool.submit(_prepare, stage, side, device, folder, dict(sizes)).result()
+                with _preloaded(preload if side == "ours" else None):
+                    pool.submit(_prepare, stage, side, device, folder, dict(sizes)).result()
             checked = {side: pool.submit(_check, device).result() for side, pool in pools.items()}
             differences = check_agreement(stage, sizes, checked["ours"], checked["plain"])
             for _ in range(repeats):
@@ -106,6 +110,18 @@ def compare(
     return Compared(
         stage, dict(sizes), device, seconds, peak, figures, differences, target, describe_origin(threads)
     )
+
+
+@contextlib.contextmanager
+def _preloaded(library: str | None) -> Iterator[None]:
+    """Processes that start meanwhile load `library` before all others."""
+    if library:
+        os.environ["LD_PRELOAD"] = library
+    try:
+        yield
+    finally:
+        if library:
+            del os.environ["LD_PRELOAD"]
 
 
 _work = None

@@ -130,7 +130,7 @@ def filtered(monkeypatch) -> list[tuple[int, ...]]:
         (128, (32, 8, 8), True),
         (128, (31, 8, 8), False),  # fewer tiles than make a block
         (128, (200, 6, 6), False),
-        (64, (4, 24, 24), True),
+        (64, (4, 28, 28), True),
         (64, (16, 16, 16), False),
         (32, (4, 64, 64), False),
     ],

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 TILES = 128
 """Tiles in a block, or one image's: 2.4 MB at 64 channels. Fewer than these are not worth the transforms."""
 
-SPECTRUM = 2**19
-"""Weights up to which each thread has transformed ones of its own (8 MB)."""
+SPECTRUM = 2**20
+"""Weights up to which each thread has transformed ones of its own (16 MB)."""
 
 # Bᵀ and Aᵀ are written out below; points 0, ±1, ±2 and ∞.
 G = torch.tensor(
@@ -58,7 +58,7 @@ def _is_faster(x: Tensor, weight: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or x.ndim != 4:
         return False
     channels, side = min(weight.shape[:2]), min(x.shape[2:])
-    large = (channels >= 128 and side >= 7) or (channels >= 64 and side >= 24)
+    large = (channels >= 128 and side >= 7) or (channels >= 64 and side >= 28)
     return large and len(x) * _tiles(x.shape[2]) * _tiles(x.shape[3]) >= TILES
 
 
@@ -100,14 +100,23 @@ class Tiling(NamedTuple):
 def _tile(x: Tensor, weight: Tensor) -> Tiling:
     """A block for each thread, but for kernels so many that each block would need megabytes of its own.
 
-    Operations split their outermost dimension: every thread finds in its cache what it wrote before. In
-    one block, two threads took up to twice as long.
+    Operations split their outermost dimension, so every thread finds in its cache what it wrote before, in
+    this layer and the last. Threads at work on one block took up to twice as long.
     """
     rows, columns = _tiles(x.shape[2]), _tiles(x.shape[3])
-    count = -(-len(x) // max(1, TILES // (rows * columns)))
-    each = -(-len(x) // count)
+    most = max(1, TILES // (rows * columns))
     threads = torch.get_num_threads() if weight.numel() <= SPECTRUM else 1
-    return Tiling(min(threads, -(-len(x) // each)), each, rows, columns)
+    blocks = min(threads, -(-len(x) // most))
+    share = len(x) // blocks
+    return Tiling(blocks, -(-share // -(-share // most)), rows, columns)
+
+
+def _parts(images: Tensor, tiling: Tiling) -> Iterator[Tensor]:
+    """(N, H, W, C) as views (blocks, images, H, W, C): a share for each thread, some of each at a time."""
+    even = len(images) - len(images) % tiling.blocks
+    yield from images[:even].unflatten(0, (tiling.blocks, -1)).split(tiling.each, 1)
+    if even < len(images):
+        yield images[even:, None]
 
 
 def _tiles(side: int) -> int:
@@ -125,11 +134,11 @@ def _convolved(x: Tensor, spectrum: Tensor, tiling: Tiling, bias: Tensor | None 
     output = found.permute(0, 2, 3, 1)
     fits = height % 4 == width % 4 == 0
     patch = None if fits else x.new_empty(blocks, each, 4 * rows, 4 * columns, channels)
-    for chosen, b, n, tiles in _transformed_blocks(x, tiling):
+    for own, tiles in zip(_parts(output, tiling), _transformed_parts(x, tiling), strict=True):
+        b, n = own.shape[:2]
         product, part, free = products[:b, :, :, :n], half[:b, :, :, :n], spare[:b, :, :n]
         torch.bmm(tiles, spectrum[: len(tiles)], out=product.flatten(3, 5).flatten(0, 2))
         _output_transform(product.unbind(1), part.unbind(1), free)
-        own = output[chosen].unflatten(0, (b, n))
         target = own if patch is None else patch[:b, :n]
         by_place = target.unflatten(3, (columns, 4)).unflatten(2, (rows, 4)).permute(5, 0, 3, 1, 2, 4, 6)
         _output_transform(part.unbind(2), by_place.unbind(0), free[:, :4])
@@ -148,8 +157,10 @@ def _weight_gradient(x: Tensor, gradient: Tensor, tiling: Tiling) -> Tensor:
     half = x.new_empty(blocks, 6, each, rows, 4 * columns, outputs)
     whole = x.new_empty(blocks, 6, 6, each, rows, columns, outputs)
     total = x.new_zeros(blocks * 36, outputs, channels)
-    for chosen, b, n, tiles in _transformed_blocks(x, tiling):
-        patch[:b, :n, :height, :width] = gradient[chosen].permute(0, 2, 3, 1).unflatten(0, (b, n))
+    parts = _parts(gradient.permute(0, 2, 3, 1), tiling)
+    for own, tiles in zip(parts, _transformed_parts(x, tiling), strict=True):
+        b, n = own.shape[:2]
+        patch[:b, :n, :height, :width] = own
         part, result = half[:b, :, :n], whole[:b, :, :, :n]
         _output_adjoint(patch[:b, :n].unflatten(2, (rows, 4)).unbind(3), part.unbind(1))
         _output_adjoint(part.unflatten(4, (columns, 4)).unbind(5), result.unbind(2))
@@ -158,35 +169,27 @@ def _weight_gradient(x: Tensor, gradient: Tensor, tiling: Tiling) -> Tensor:
     return kernels.view(3, 3, outputs, channels).permute(2, 3, 0, 1)
 
 
-def _transformed_blocks(x: Tensor, tiling: Tiling) -> Iterator[tuple[slice, int, int, Tensor]]:
-    """Which images, as how many blocks of how many, and Bᵀ d B of their tiles, (blocks · 36, tiles, C).
-
-    The next ones overwrite them.
-    """
-    count, channels, height, width = x.shape
+def _transformed_parts(x: Tensor, tiling: Tiling) -> Iterator[Tensor]:
+    """Bᵀ d B of the tiles of each part, (blocks · 36, tiles, C). The next one overwrites it."""
+    _, channels, height, width = x.shape
     blocks, each, rows, columns = tiling
     padded = x.new_zeros(blocks, each, 4 * rows + 2, 4 * columns + 2, channels)
     half = x.new_empty(blocks, 6, each, rows, 4 * columns + 2, channels)
     whole = x.new_empty(blocks, 6, 6, each, rows, columns, channels)
-    start = 0
-    while start < count:
-        n = min(each, max(1, (count - start) // blocks))
-        b = min(blocks, (count - start) // n)
-        chosen = slice(start, start + b * n)
-        images = x[chosen].permute(0, 2, 3, 1).unflatten(0, (b, n))
+    for images in _parts(x.permute(0, 2, 3, 1), tiling):
+        b, n = images.shape[:2]
         padded[:b, :n, 1 : height + 1, 1 : width + 1] = images
         part, result = half[:b, :, :n], whole[:b, :, :, :n]
         _input_transform(padded[:b, :n].unfold(2, 6, 4).unbind(-1), part.unbind(1))
         _input_transform(part.unfold(4, 6, 4).unbind(-1), result.unbind(2))
-        yield chosen, b, n, result.flatten(3, 5).flatten(0, 2)
-        start = chosen.stop
+        yield result.flatten(3, 5).flatten(0, 2)
 
 
 def _spectrum(weight: Tensor, tiling: Tiling, mirrored: bool = False) -> Tensor:
     """G g Gᵀ of the kernels g, mirrored or not, once for each block: (K, C, 3, 3) → (blocks · 36, K, C)."""
     kernels, both = weight.permute(2, 3, 0, 1), torch.kron(G, G).to(weight.dtype)
-    both = (both.flip(1) if mirrored else both).repeat(tiling.blocks, 1)
-    return (both @ kernels.reshape(9, -1)).view(len(both), *kernels.shape[2:])
+    spectrum = (both.flip(1) if mirrored else both) @ kernels.reshape(9, -1)
+    return spectrum.repeat(tiling.blocks, 1).view(-1, *kernels.shape[2:])
 
 
 def _input_transform(d: Sequence[Tensor], v: Sequence[Tensor]) -> None:
