@@ -189,7 +189,7 @@ def _spectrum(weight: Tensor, tiling: Tiling, mirrored: bool = False) -> Tensor:
     """G g Gᵀ of the kernels g, mirrored or not, once for each block: (K, C, 3, 3) → (blocks · 36, K, C)."""
     kernels, both = weight.permute(2, 3, 0, 1), torch.kron(G, G).to(weight.dtype)
     spectrum = (both.flip(1) if mirrored else both) @ kernels.reshape(9, -1)
-    return spectrum.repeat(tiling.blocks, 1).view(-1, *kernels.shape[2:])
+    return spectrum.expand(tiling.blocks, -1, -1).reshape(-1, *kernels.shape[2:])
 
 
 def _input_transform(d: Sequence[Tensor], v: Sequence[Tensor]) -> None:
