@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -12,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -112,16 +113,9 @@ def compare(
     )
 
 
-@contextlib.contextmanager
-def _preloaded(library: str | None) -> Iterator[None]:
+def _preloaded(library: str | None) -> AbstractContextManager:
     """Processes that start meanwhile load `library` before all others."""
-    if library:
-        os.environ["LD_PRELOAD"] = library
-    try:
-        yield
-    finally:
-        if library:
-            del os.environ["LD_PRELOAD"]
+    return mock.patch.dict(os.environ, {"LD_PRELOAD": library} if library else {})
 
 
 _work = None

@@ -138,3 +138,7 @@ def test_a_preloaded_library_is_for_the_processes_started_meanwhile(monkeypatch)
     assert told() == "None"
     with _preloaded(None):
         assert told() == "None"
+    monkeypatch.setenv("LD_PRELOAD", "libm.so.6")
+    with _preloaded("libc.so.6"):
+        assert told() == "libc.so.6"
+    assert told() == "libm.so.6"

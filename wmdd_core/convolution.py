@@ -28,8 +28,8 @@ G = torch.tensor(
     [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64
 ).div(24)
 
-DIRECT = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
-DIRECT |= {"transposed": False, "output_padding": [0, 0], "groups": 1}
+G_BOTH = torch.kron(G, G)
+"""G g Gᵀ as one matrix (36, 9) for the nine values of g."""
 
 
 class Conv2d(nn.Conv2d):
@@ -77,9 +77,11 @@ class MinimalFiltering(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad
         bias = gradient.sum((0, 2, 3)) if of_bias else None
         if torch.is_grad_enabled():  # to be differentiated again, as gradient matching does
-            direct = torch.ops.aten.convolution_backward
-            wanted = [of_x, of_weight, False]
-            return *direct(gradient, x, weight, None, **DIRECT, output_mask=wanted)[:2], bias
+            return (
+                nn.grad.conv2d_input(x.shape, weight, gradient, padding=1) if of_x else None,
+                nn.grad.conv2d_weight(x, weight.shape, gradient, padding=1) if of_weight else None,
+                bias,
+            )
         tiling = _tile(x, weight)
         return (
             _convolved(gradient, _spectrum(weight, tiling, mirrored=True), tiling) if of_x else None,
@@ -165,7 +167,7 @@ def _weight_gradient(x: Tensor, gradient: Tensor, tiling: Tiling) -> Tensor:
         _output_adjoint(patch[:b, :n].unflatten(2, (rows, 4)).unbind(3), part.unbind(1))
         _output_adjoint(part.unflatten(4, (columns, 4)).unbind(5), result.unbind(2))
         total[: len(tiles)].baddbmm_(result.flatten(3, 5).flatten(0, 2).transpose(1, 2), tiles)
-    kernels = torch.kron(G, G).to(x.dtype).T @ total.view(blocks, 36, -1).sum(0)
+    kernels = G_BOTH.to(x.dtype).T @ total.view(blocks, 36, -1).sum(0)
     return kernels.view(3, 3, outputs, channels).permute(2, 3, 0, 1)
 
 
@@ -187,7 +189,7 @@ def _transformed_parts(x: Tensor, tiling: Tiling) -> Iterator[Tensor]:
 
 def _spectrum(weight: Tensor, tiling: Tiling, mirrored: bool = False) -> Tensor:
     """G g Gᵀ of the kernels g, mirrored or not, once for each block: (K, C, 3, 3) → (blocks · 36, K, C)."""
-    kernels, both = weight.permute(2, 3, 0, 1), torch.kron(G, G).to(weight.dtype)
+    kernels, both = weight.permute(2, 3, 0, 1), G_BOTH.to(weight.dtype)
     spectrum = (both.flip(1) if mirrored else both) @ kernels.reshape(9, -1)
     return spectrum.expand(tiling.blocks, -1, -1).reshape(-1, *kernels.shape[2:])
 
