@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,12 @@ from wmdd_core.artifacts import read_json, read_tensors, write_arrays, write_ten
 from wmdd_core.models import build_model
 
 RESOLUTION = 128
-PER_CLASS = 100
+PER_CLASS = 400
 SIZES = (10, 40)
-"""Classes of the two datasets: 1,000 and 4,000 images."""
+"""Classes of the two datasets: 4,000 and 16,000 images."""
 
-TOLERANCE = 40.0
-"""MB by which the least of three peaks may differ: 3,000 images more, as bytes, are 141."""
+TOLERANCE = 200.0
+"""MB by which peaks may differ: 12,000 images more, as bytes, are 562; equal runs have differed by 93."""
 
 MEASURE = """
 import resource, subprocess, sys
@@ -57,13 +58,15 @@ def peak_of(
 
 
 def make_photos(root: Path, classes: int) -> None:
-    """A file for each image, with the pixels of its class."""
+    """A file name for each image, and the file of its class behind it."""
     for c in range(classes):
         pixels = np.random.default_rng(c).integers(0, 256, (RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
+        root.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(root / f"{c:02d}.bmp")
         for split, count in (("train", PER_CLASS), ("test", 1)):
             (root / split / f"{c:02d}").mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(pixels).save(root / split / f"{c:02d}" / f"{i:03d}.bmp")
+                os.link(root / f"{c:02d}.bmp", root / split / f"{c:02d}" / f"{i:03d}.bmp")
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +96,7 @@ def peaks(tmp_path_factory) -> dict[str, list[float]]:
             "teacher": str(folder / "teacher.safetensors"),
         }
         made = {"features": "features.npy", "index": "index.json", "statistics": "statistics.safetensors"}
-        # Equal runs differ by up to 47 MB, the least of a few by up to 27.
-        runs = [peak_of("extract_features", folder, inputs, made, {}, teacher="t") for _ in range(3)]
-        found["features"].append(min(runs))
+        found["features"].append(peak_of("extract_features", folder, inputs, made, {}, teacher="t"))
         features = np.load(folder / "features.npy", mmap_mode="r")
         assert features.shape == (classes * PER_CLASS, model.classifier.in_features)
         assert np.isfinite(features).all() and features[-1].any()
@@ -146,7 +147,7 @@ def test_four_times_the_dataset_takes_the_same_memory(peaks, step):
 
 
 def test_a_step_that_holds_the_dataset_is_found_out():
-    """The measurement sees more than the tolerance allows for: 141 MB that are filled show in the peak."""
+    """The measurement sees more than the tolerance allows for: 562 MB that are filled show in the peak."""
     program = "import numpy as np, sys; held = np.ones(int(sys.argv[1]), dtype=np.uint8)"
     size = (SIZES[1] - SIZES[0]) * PER_CLASS * 3 * RESOLUTION**2
     held, empty = (peak_of_command(sys.executable, "-c", program, str(n)) for n in (size, 1))
