@@ -63,7 +63,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: that of the size")
-    parser.add_argument("--preload", metavar="LIBRARY", help="an allocator for our side, as LD_PRELOAD")
     parser.add_argument("--output", type=Path, default=Path("results/performance"))
     given = parser.parse_args()
     for stage in given.stage:
@@ -84,15 +83,7 @@ def run_stage(stage: str, given: argparse.Namespace) -> None:
         if stage == "features" and given.count:
             sizes = {**sizes, "images": given.count}
         compared.append(
-            compare(
-                stage,
-                sizes,
-                device=device,
-                threads=given.threads,
-                repeats=given.repeats,
-                target=target,
-                preload=given.preload,
-            )
+            compare(stage, sizes, device=device, threads=given.threads, repeats=given.repeats, target=target)
         )
     name = "-".join([stage, given.size, *map(str, given.row or [])])
     write_json(given.output / f"{name}.json", compared)

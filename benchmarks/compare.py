@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -21,6 +20,8 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+
+from rules.configuration import JOB_ENVIRONMENT
 
 SIDES = ("ours", "plain")
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "POT")
@@ -79,13 +80,11 @@ def compare(
     threads: int = 2,
     repeats: int = 3,
     target: float | None = None,
-    preload: str | None = None,
 ) -> Compared:
     """Check that both sides of `stage` agree, then time them in turn, `repeats` times each.
 
-    The check is each side's warm-up. `preload` is a shared library, an allocator, for our side alone.
-    Raises `Disagreement` if the results differ by more than the stage's tolerance, or for a barycenter if
-    ours is worse than it must be.
+    The check is each side's warm-up. Raises `Disagreement` if the results differ by more than the stage's
+    tolerance, or for a barycenter if ours is worse than it must be.
     """
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     figures: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
@@ -95,7 +94,7 @@ def compare(
         pools = {s: ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for s in SIDES}
         try:
             for side, pool in pools.items():
-                with _preloaded(preload if side == "ours" else None):
+                with mock.patch.dict(os.environ, JOB_ENVIRONMENT if side == "ours" else {}):
                     pool.submit(_prepare, stage, side, device, folder, dict(sizes)).result()
             checked = {side: pool.submit(_check, device).result() for side, pool in pools.items()}
             differences = check_agreement(stage, sizes, checked["ours"], checked["plain"])
@@ -111,11 +110,6 @@ def compare(
     return Compared(
         stage, dict(sizes), device, seconds, peak, figures, differences, target, describe_origin(threads)
     )
-
-
-def _preloaded(library: str | None) -> AbstractContextManager:
-    """Processes that start meanwhile load `library` before all others."""
-    return mock.patch.dict(os.environ, {"LD_PRELOAD": library} if library else {})
 
 
 _work = None

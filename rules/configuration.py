@@ -24,6 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ENTRY_BLOCKS = ("datasets", "teachers", "barycenters", "methods", "students", "recipes", "tables", "figures")
 """Blocks of named entries; a name becomes a wildcard's value and so part of a path."""
 
+JOB_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+"""What a job's process must find when it starts: see `workflow_scripts.job.keep_freed_memory`."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 INFRASTRUCTURE = {"wmdd_core.errors", "wmdd_core.progress", "wmdd_core.artifacts", "workflow_scripts.job"}
@@ -281,6 +284,8 @@ def prepare_environment(root: str) -> None:
     The interpreter's folder comes first in PATH unless conda or a container puts another one in front;
     so the shell commands stay free of one machine's paths.
     """
+    for name, value in JOB_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     os.environ.update(PATH=path, PYTHONPATH=str(root))
     if "WMDD_COMMIT" not in os.environ:

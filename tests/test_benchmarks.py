@@ -3,8 +3,6 @@
 import json
 import re
 import statistics
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ from benchmarks.compare import (
     COLUMNS,
     Compared,
     Disagreement,
-    _preloaded,
     build_lines,
     check_agreement,
     compare,
@@ -124,21 +121,3 @@ def test_the_workflow_uses_no_benchmark():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".smk"):
                 assert not re.search(r"^\s*(from|import) benchmarks", path.read_text("utf-8"), re.M), path
-
-
-def test_a_preloaded_library_is_for_the_processes_started_meanwhile(monkeypatch):
-    monkeypatch.delenv("LD_PRELOAD", raising=False)
-
-    def told() -> str:
-        command = [sys.executable, "-c", "import os; print(os.environ.get('LD_PRELOAD'))"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    with _preloaded("libc.so.6"):
-        assert told() == "libc.so.6"
-    assert told() == "None"
-    with _preloaded(None):
-        assert told() == "None"
-    monkeypatch.setenv("LD_PRELOAD", "libm.so.6")
-    with _preloaded("libc.so.6"):
-        assert told() == "libc.so.6"
-    assert told() == "libm.so.6"

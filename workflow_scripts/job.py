@@ -35,8 +35,11 @@ if TYPE_CHECKING:
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What `lockf` says where a file system is mounted without locks."""
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_MXFAST, M_TRIM_THRESHOLD, M_MMAP_MAX = 1, -1, -4
 """Of <malloc.h>."""
+
+SMALL, PLACES = range(24, 120, 16), 1000
+"""Bytes of the C library's smallest blocks, and how many of each size get a place of their own (0.4 MB)."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -194,11 +197,25 @@ def keep_freed_memory() -> None:
 
     The page faults of taking them again are a third of a training step on a CPU. Where the C library
     has no such knobs, nothing changes.
+
+    PyTorch asks for a block and 64 bytes more, to align it, and gives the rest back: so a freed block never
+    holds one of its own size unless that rest is still free beside it. Small objects, such as the nodes of
+    a graph, must not settle there. They get places of their own, and rests are kept for none of them: not
+    here (`M_MXFAST`) nor, by what the Snakefile sets before a job starts, in each thread.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_MXFAST, 0)):
+        libc.mallopt(option, value)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    places = []
+    for size in SMALL:
+        for _ in range(PLACES):
+            places.append(libc.malloc(size))
+            libc.malloc(SMALL.start)  # stays, so that free places on both sides of it do not become one
+    for place in places:
+        libc.free(place)
 
 
 @contextlib.contextmanager
