@@ -21,7 +21,7 @@ from unittest import mock
 
 import numpy as np
 
-from rules.configuration import JOB_ENVIRONMENT
+from wmdd_core.memory import ENVIRONMENT, keep_freed_memory
 
 SIDES = ("ours", "plain")
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "POT")
@@ -94,7 +94,7 @@ def compare(
         pools = {s: ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for s in SIDES}
         try:
             for side, pool in pools.items():
-                with mock.patch.dict(os.environ, JOB_ENVIRONMENT if side == "ours" else {}):
+                with mock.patch.dict(os.environ, ENVIRONMENT if side == "ours" else {}):
                     pool.submit(_prepare, stage, side, device, folder, dict(sizes)).result()
             checked = {side: pool.submit(_check, device).result() for side, pool in pools.items()}
             differences = check_agreement(stage, sizes, checked["ours"], checked["plain"])
@@ -121,8 +121,6 @@ def _prepare(stage: str, side: str, device: str, folder: str, sizes: dict) -> No
     from benchmarks import stages
 
     if side == "ours":  # as every job of the workflow does
-        from workflow_scripts.job import keep_freed_memory
-
         keep_freed_memory()
     _work = getattr(stages, stage)(side, device, Path(folder), **sizes)
 

@@ -82,7 +82,7 @@ def measure_scaling(threads: int, tiny: bool, output: Path) -> tuple[dict, str]:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
-    from workflow_scripts.job import keep_freed_memory
+    from wmdd_core.memory import keep_freed_memory
 
     keep_freed_memory()
     torch.set_num_threads(threads)

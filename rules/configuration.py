@@ -1,7 +1,7 @@
 """Reading the configuration: inheritance, sweeps, validation, values by dataset, code hashes.
 
-Standard library only (the schema needs `jsonschema`, which Snakemake brings): every job and every
-dry run imports this module.
+Standard library only (the schema needs `jsonschema`, which Snakemake brings), here and in what is imported:
+every job and every dry run imports this module.
 """
 
 from __future__ import annotations
@@ -19,17 +19,22 @@ import sys
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 
+from wmdd_core.memory import ENVIRONMENT
+
 ROOT = Path(__file__).resolve().parent.parent
 
 ENTRY_BLOCKS = ("datasets", "teachers", "barycenters", "methods", "students", "recipes", "tables", "figures")
 """Blocks of named entries; a name becomes a wildcard's value and so part of a path."""
 
-JOB_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
-"""What a job's process must find when it starts: see `workflow_scripts.job.keep_freed_memory`."""
-
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
-INFRASTRUCTURE = {"wmdd_core.errors", "wmdd_core.progress", "wmdd_core.artifacts", "workflow_scripts.job"}
+INFRASTRUCTURE = {
+    "wmdd_core.artifacts",
+    "wmdd_core.errors",
+    "wmdd_core.memory",
+    "wmdd_core.progress",
+    "workflow_scripts.job",
+}
 """How work is reported and stored, not what is computed: edits there make no result stale."""
 
 
@@ -284,7 +289,7 @@ def prepare_environment(root: str) -> None:
     The interpreter's folder comes first in PATH unless conda or a container puts another one in front;
     so the shell commands stay free of one machine's paths.
     """
-    for name, value in JOB_ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     os.environ.update(PATH=path, PYTHONPATH=str(root))

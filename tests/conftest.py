@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from workflow_scripts.job import keep_freed_memory
+from wmdd_core.memory import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 

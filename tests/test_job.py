@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, run_snakemake
 
-from rules.configuration import JOB_ENVIRONMENT, prepare_environment
 from wmdd_core.errors import UserError
 from workflow_scripts import job as jobs
 from workflow_scripts.job import Job
@@ -185,73 +184,3 @@ def test_a_job_on_a_gpu_asks_for_the_same_bits_each_time(tmp_path):
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-# ---- memory ----------------------------------------------------------------------------------
-
-
-def test_a_large_heap_is_kept_when_it_is_freed():
-    """Beyond 2 GiB, too, which is as far as a threshold for giving back can be set."""
-    code = """
-import numpy as np
-from workflow_scripts.job import keep_freed_memory
-
-keep_freed_memory()
-np.ones(3 * 2**30, dtype=np.uint8)
-(resident,) = (v for v in open("/proc/self/status") if v.startswith("VmRSS"))
-assert int(resident.split()[1]) > 2.9 * 2**20, resident
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_small_objects_do_not_settle_where_large_blocks_were():
-    """A network's activations, its graph between them: the next step's fit where this one's were."""
-    code = """
-import ctypes
-from workflow_scripts.job import keep_freed_memory
-
-libc, block = ctypes.CDLL(None), 2**22
-libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-
-def aligned(size):
-    found = ctypes.c_void_p()
-    assert not libc.posix_memalign(ctypes.byref(found), ctypes.c_size_t(64), ctypes.c_size_t(size))
-    ctypes.memset(found, 1, size)
-    return found
-
-def resident():
-    (line,) = (v for v in open("/proc/self/status") if v.startswith("VmRSS"))
-    return 1024 * int(line.split()[1])
-
-keep_freed_memory()
-start = resident()
-activations = []
-for _ in range(50):
-    activations.append(aligned(block))
-    for size in (24, 40, 56, 72, 88, 104):
-        libc.malloc(size)
-forward = resident() - start
-assert forward < 51 * block, forward / block
-for activation in activations[::-1]:
-    libc.free(activation)
-for _ in range(50):
-    aligned(block)
-assert resident() - start < 1.05 * forward, (resident() - start) / forward
-"""
-    environment = {**os.environ, **JOB_ENVIRONMENT}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_jobs_start_with_what_their_memory_needs(monkeypatch):
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    for changed in ("PATH", "PYTHONPATH", "WMDD_COMMIT"):
-        monkeypatch.setenv(changed, os.environ.get(changed, ""))
-    prepare_environment(ROOT)
-    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.tcache_count=0"
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=1")
-    prepare_environment(ROOT)
-    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.perturb=1"

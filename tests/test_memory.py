@@ -1,4 +1,4 @@
-"""Four times the images, or the classes, take no more memory where work is done piece by piece."""
+"""Memory does not grow with the dataset where work is done piece by piece, nor from step to step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from rules.configuration import prepare_environment
 from wmdd_core.artifacts import read_json, read_tensors, write_arrays, write_tensors
+from wmdd_core.memory import ENVIRONMENT
 from wmdd_core.models import build_model
 
 RESOLUTION = 128
@@ -152,3 +154,76 @@ def test_a_step_that_holds_the_dataset_is_found_out():
     size = (SIZES[1] - SIZES[0]) * PER_CLASS * 3 * RESOLUTION**2
     held, empty = (peak_of_command(sys.executable, "-c", program, str(n)) for n in (size, 1))
     assert held - empty > TOLERANCE
+
+
+# ---- the allocator ---------------------------------------------------------------------------
+
+
+def test_a_large_heap_is_kept_when_it_is_freed():
+    """Beyond 2 GiB, too, which is as far as a threshold for giving back can be set."""
+    code = """
+import numpy as np
+from wmdd_core.memory import keep_freed_memory
+
+keep_freed_memory()
+np.ones(3 * 2**30, dtype=np.uint8)
+(resident,) = (v for v in open("/proc/self/status") if v.startswith("VmRSS"))
+assert int(resident.split()[1]) > 2.9 * 2**20, resident
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_small_objects_do_not_settle_where_large_blocks_were():
+    """A network's activations, its graph between them: the next step's fit where this one's were."""
+    code = """
+import ctypes
+from wmdd_core.memory import keep_freed_memory, small_blocks_apart
+
+libc, block = ctypes.CDLL(None), 2**22
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def aligned(size):
+    found = ctypes.c_void_p()
+    assert not libc.posix_memalign(ctypes.byref(found), ctypes.c_size_t(64), ctypes.c_size_t(size))
+    ctypes.memset(found, 1, size)
+    return found
+
+def resident():
+    (line,) = (v for v in open("/proc/self/status") if v.startswith("VmRSS"))
+    return 1024 * int(line.split()[1])
+
+@small_blocks_apart()
+def grow():
+    start, activations = resident(), []
+    for _ in range(50):
+        activations.append(aligned(block))
+        for size in (24, 40, 56, 72, 88, 104):
+            libc.malloc(size)
+    forward = resident() - start
+    for activation in activations[::-1]:
+        libc.free(activation)
+    for _ in range(50):
+        aligned(block)
+    return (resident() - start) / forward
+
+keep_freed_memory()
+growth = grow()
+assert growth < 1.05, growth
+"""
+    environment = {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_jobs_start_with_what_their_memory_needs(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for changed in ("PATH", "PYTHONPATH", "WMDD_COMMIT"):
+        monkeypatch.setenv(changed, os.environ.get(changed, ""))
+    prepare_environment(ROOT)
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.tcache_count=0"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=1")
+    prepare_environment(ROOT)
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.perturb=1"

@@ -30,6 +30,7 @@ from wmdd_core.batchnorm import LayerStatistics, Moments, group_moments, record_
 from wmdd_core.discrepancies import mmd_linear, mmd_rbf, sliced_wasserstein
 from wmdd_core.errors import UserError
 from wmdd_core.graphs import replayed
+from wmdd_core.memory import small_blocks_apart
 from wmdd_core.models import Classifier
 from wmdd_core.progress import Progress
 from wmdd_core.seeding import torch_generator
@@ -131,6 +132,7 @@ class Recovered:
     losses: dict[str, Tensor]
 
 
+@small_blocks_apart()
 def recover_images(
     model: Classifier,
     shard: Shard,

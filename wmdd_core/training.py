@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from wmdd_core.augmentation import batch_viewer, draw_crop, draw_views, normalise
 from wmdd_core.errors import UserError
 from wmdd_core.graphs import replayed
+from wmdd_core.memory import small_blocks_apart
 from wmdd_core.progress import Progress
 from wmdd_core.seeding import torch_generator
 from wmdd_core.sources import ImageSource
@@ -78,6 +79,7 @@ class Curve:
         return zip(self.epoch, self.train_loss, self.top1, strict=True)
 
 
+@small_blocks_apart()
 def fit(
     model: nn.Module,
     schedule: Schedule,

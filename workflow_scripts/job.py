@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import fcntl
 import json
@@ -27,6 +26,7 @@ from typing import IO, TYPE_CHECKING
 
 from wmdd_core.artifacts import digest, make_header, read_json
 from wmdd_core.errors import UserError
+from wmdd_core.memory import keep_freed_memory
 from wmdd_core.progress import Progress
 
 if TYPE_CHECKING:
@@ -34,12 +34,6 @@ if TYPE_CHECKING:
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What `lockf` says where a file system is mounted without locks."""
-
-M_MXFAST, M_TRIM_THRESHOLD, M_MMAP_MAX = 1, -1, -4
-"""Of <malloc.h>."""
-
-SMALL, PLACES = range(24, 120, 16), 1000
-"""Bytes of the C library's smallest blocks, and how many of each size get a place of their own (0.4 MB)."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -190,32 +184,6 @@ def run(main: Callable[[Job], None]) -> None:
             f"error: cannot write {error.filename or 'an output'}: {error.strerror};"
             " free or unlock it and rerun"
         )
-
-
-def keep_freed_memory() -> None:
-    """Let the allocator reuse large blocks instead of giving them back to the kernel after each operation.
-
-    The page faults of taking them again are a third of a training step on a CPU. Where the C library
-    has no such knobs, nothing changes.
-
-    PyTorch asks for a block and 64 bytes more, to align it, and gives the rest back: so a freed block never
-    holds one of its own size unless that rest is still free beside it. Small objects, such as the nodes of
-    a graph, must not settle there. They get places of their own, and rests are kept for none of them: not
-    here (`M_MXFAST`) nor, by what the Snakefile sets before a job starts, in each thread.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return
-    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_MXFAST, 0)):
-        libc.mallopt(option, value)
-    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-    places = []
-    for size in SMALL:
-        for _ in range(PLACES):
-            places.append(libc.malloc(size))
-            libc.malloc(SMALL.start)  # stays, so that free places on both sides of it do not become one
-    for place in places:
-        libc.free(place)
 
 
 @contextlib.contextmanager
