@@ -1,4 +1,4 @@
-"""A repair of Snakemake's scheduler, which would otherwise take more time the more jobs have ended."""
+"""Two repairs of Snakemake: looks at ready jobs that multiply, jobs that Ctrl-C leaves on a cluster."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import threading
 import time
 
 from snakemake.scheduling.job_scheduler import JobScheduler
+from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
+
+_report_submission = RemoteExecutor.report_job_submission
 
 
 def look_again_once(scheduler: JobScheduler, delay: float) -> None:
@@ -25,6 +28,26 @@ def look_again_once(scheduler: JobScheduler, delay: float) -> None:
     timer.start()
 
 
+def remember_submission(executor: RemoteExecutor, info: object, *args: object, **options: object) -> None:
+    """Report a submission as Snakemake does, and keep the last one of each job."""
+    executor.__dict__.setdefault("_last_submissions", {})[info.job] = info
+    _report_submission(executor, info, *args, **options)
+
+
+def cancel_running(executor: RemoteExecutor) -> None:
+    """Cancel every job that was submitted and has not ended.
+
+    Snakemake's own method cancels those on the executor's list, from which a check of their states takes
+    all of them until it has their answers. Ctrl-C meanwhile left them running.
+    """
+    running = set(executor.workflow.scheduler.running)
+    submissions = getattr(executor, "_last_submissions", {})
+    executor.cancel_jobs([info for job, info in submissions.items() if job in running])
+    executor.shutdown()
+
+
 def repair_scheduler() -> None:
-    """Put `look_again_once` in the place of Snakemake's own method."""
+    """Put the functions of this module in the place of Snakemake's own."""
     JobScheduler._schedule_reevalutation = look_again_once
+    RemoteExecutor.report_job_submission = remember_submission
+    RemoteExecutor.cancel = cancel_running

@@ -1,4 +1,4 @@
-"""The repaired scheduler looks at the ready jobs when something ends, and otherwise once per timespan."""
+"""What is repaired of Snakemake: looks at the ready jobs, and Ctrl-C while jobs are asked after."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 from conftest import ROOT, run_snakemake
 from snakemake.scheduling.job_scheduler import JobScheduler
+from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 
-from rules.scheduling import look_again_once
+from rules.scheduling import cancel_running, look_again_once, remember_submission
 
 WORKFLOW = """
 import sys
@@ -65,3 +66,61 @@ def test_a_timer_is_set_only_where_none_is_due():
 
 def test_snakemake_still_has_what_is_repaired():
     assert callable(JobScheduler._schedule_reevalutation)
+
+
+OWN_CANCEL = RemoteExecutor.cancel
+
+
+class Job(str):
+    def register(self, external_jobid: int) -> None:
+        """Snakemake keeps the number."""
+
+
+class Cluster(RemoteExecutor):
+    """An executor whose check of the jobs' states waits until it may answer."""
+
+    def __init__(self, running: set[str]) -> None:
+        settings = SimpleNamespace(init_seconds_before_status_checks=0)
+        self.workflow = SimpleNamespace(
+            scheduler=SimpleNamespace(running=running, submit_callback=lambda job: None),
+            executor_plugin=SimpleNamespace(common_settings=settings),
+            remote_execution_settings=SimpleNamespace(immediate_submit=True),
+        )
+        self.active_jobs, self.lock, self.wait = [], threading.Lock(), True
+        self.asked, self.answer, self.cancelled = threading.Event(), threading.Event(), []
+        self.wait_thread = threading.Thread(target=self._wait_thread, daemon=True)
+
+    async def check_active_jobs(self, active_jobs):
+        self.asked.set()
+        self.answer.wait(10)
+        for info in active_jobs:
+            yield info
+
+    async def sleep(self):
+        pass
+
+    def cancel_jobs(self, active_jobs):
+        self.cancelled += [info.external_jobid for info in active_jobs]
+        self.answer.set()
+
+    def run_job(self, job):
+        raise NotImplementedError
+
+
+def cancelled_during_a_check(cancel, report) -> list[str]:
+    cluster = Cluster(running={Job("a"), Job("b")})
+    for number, job in enumerate(["a", "ended", "b", "a"]):  # the first try of a has failed
+        report(cluster, SimpleNamespace(job=Job(job), external_jobid=number))
+    cluster.wait_thread.start()
+    assert cluster.asked.wait(10)
+    cancel(cluster)
+    return sorted(cluster.cancelled)
+
+
+def test_ctrl_c_cancels_jobs_that_are_being_asked_after():
+    assert cancelled_during_a_check(cancel_running, remember_submission) == [2, 3]
+
+
+def test_snakemake_alone_leaves_them_running():
+    """When this fails, Snakemake needs no repair any more."""
+    assert cancelled_during_a_check(OWN_CANCEL, RemoteExecutor.report_job_submission) == []
