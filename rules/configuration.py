@@ -284,7 +284,7 @@ def _local_imports(tree: ast.Module) -> set[str]:
 
 
 def prepare_environment(root: str) -> None:
-    """Let jobs find this project's modules, the interpreter that runs Snakemake, and the commit.
+    """Let jobs find this project's modules, the running interpreter, the commit and what `ENVIRONMENT` says.
 
     The interpreter's folder comes first in PATH unless conda or a container puts another one in front;
     so the shell commands stay free of one machine's paths.

@@ -40,7 +40,7 @@ def cancel_running(executor: RemoteExecutor) -> None:
     Snakemake's own method cancels those on the executor's list, from which a check of their states takes
     all of them until it has their answers. Ctrl-C meanwhile left them running.
     """
-    running = set(executor.workflow.scheduler.running)
+    running = executor.workflow.scheduler.running
     submissions = getattr(executor, "_last_submissions", {})
     executor.cancel_jobs([info for job, info in submissions.items() if job in running])
     executor.shutdown()

@@ -107,7 +107,7 @@ class Cluster(RemoteExecutor):
         raise NotImplementedError
 
 
-def cancelled_during_a_check(cancel, report) -> list[str]:
+def cancelled_during_a_check(cancel, report) -> list[int]:
     cluster = Cluster(running={Job("a"), Job("b")})
     for number, job in enumerate(["a", "ended", "b", "a"]):  # the first try of a has failed
         report(cluster, SimpleNamespace(job=Job(job), external_jobid=number))
