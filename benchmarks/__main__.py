@@ -42,12 +42,12 @@ SIZES = {
     "relabel": {
         "tiny": [(None, {**TINY, "images": 12, "epochs": 2})],
         "cpu": [(0.5, {**SMALL, "images": 100, "epochs": 3, **p}) for p in (FLOAT32, BFLOAT16)],
-        "gpu": [(0.5, {**SMALL, "images": 100, "epochs": 100, **BFLOAT16})],
+        "gpu": [(0.5, {**SMALL, "images": 100, "epochs": 300, **BFLOAT16})],
     },
     "evaluate": {
         "tiny": [(None, {**TINY, "images": 12, "epochs": 2, "test": 20})],
         "cpu": [(0.5, {**SMALL, "images": 100, "epochs": 2, "test": 50, **p}) for p in (FLOAT32, BFLOAT16)],
-        "gpu": [(0.2, {**SMALL, "images": 100, "epochs": 100, "test": 50, **BFLOAT16})],
+        "gpu": [(0.2, {**SMALL, "images": 100, "epochs": 300, "test": 50, **BFLOAT16})],
     },
 }
 OTHERS = ("startup", "limits", "scaling")

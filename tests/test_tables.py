@@ -225,6 +225,13 @@ def test_a_measurement_has_a_process_of_its_own():
     assert alone("a", os.getpid) != alone("b", os.getpid) != os.getpid()
 
 
+def test_a_measurement_keeps_what_it_frees_as_jobs_do():
+    pages, size = "int(open('/proc/self/statm').read().split()[1])", 2**28
+    expression = f"({pages}, len(b'x' * {size}), {pages})"  # a function of here would bring conftest along
+    before, _, after = alone("memory", eval, expression)
+    assert (after - before) * os.sysconf("SC_PAGE_SIZE") > 0.9 * size
+
+
 def test_a_measurement_that_is_killed_is_told():
     with pytest.raises(UserError, match="measured dc was killed"):
         alone("dc", os.abort)

@@ -22,6 +22,7 @@ from wmdd_core.barycenter import wasserstein_barycenter
 from wmdd_core.baselines import DC_LOOPS, distil_dc, distil_dm, noise_images
 from wmdd_core.errors import UserError
 from wmdd_core.features import extract_features
+from wmdd_core.memory import keep_freed_memory
 from wmdd_core.metrics import format_mean_sd, mean_and_sd
 from wmdd_core.models import build_model, freeze
 from wmdd_core.recovery import RecoverySettings, recover_images
@@ -148,8 +149,9 @@ def measure_preparation(job: Job) -> Measured:
 
 
 def alone(name: str, call: Callable[..., Measured], *arguments: object) -> Measured:
-    """`call(*arguments)` in a fresh process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    """`call(*arguments)` in a fresh process, whose memory is kept as a job's is."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=keep_freed_memory) as pool:
         try:
             return pool.submit(call, *arguments).result()
         except BrokenProcessPool as error:
