@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from wmdd_core.errors import UserError
 from wmdd_core.models import Classifier
+from wmdd_core.optimizers import SGD
 from wmdd_core.progress import Progress
 from wmdd_core.seeding import derive_seed, torch_generator
 
@@ -358,7 +359,7 @@ def _weight_gradients(
 def _train_network(
     network: nn.Module, images: Tensor, labels: Tensor, settings: DcSettings, names: tuple
 ) -> None:
-    optimizer = torch.optim.SGD(network.parameters(), lr=settings.network_learning_rate)
+    optimizer = SGD(network.parameters(), lr=settings.network_learning_rate)
     for step in range(settings.inner_steps):
         generator = torch_generator(*names, "train network", step)
         order = torch.randperm(len(images), generator=generator).to(images.device)

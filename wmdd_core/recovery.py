@@ -32,6 +32,7 @@ from wmdd_core.errors import UserError
 from wmdd_core.graphs import replayed
 from wmdd_core.memory import small_blocks_apart
 from wmdd_core.models import Classifier
+from wmdd_core.optimizers import Adam
 from wmdd_core.progress import Progress
 from wmdd_core.seeding import torch_generator
 
@@ -159,9 +160,7 @@ def recover_images(
     images = initial if initial is not None else initial_noise(shard, resolution, seed_names)
     # A copy, because the loop updates it in place.
     images = images.detach().to(device, copy=True, memory_format=torch.contiguous_format)
-    optimizer = torch.optim.Adam(
-        [images], lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True
-    )
+    optimizer = Adam([images], lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
     low, high = ((bound - v).view(1, 3, 1, 1).to(device) for bound, v in ((0, mean), (1, mean)))
     low, high = low / std.view(1, 3, 1, 1).to(device), high / std.view(1, 3, 1, 1).to(device)
     objective = Objective(model, shard, settings, seed_names, device)

@@ -18,6 +18,7 @@ from wmdd_core.augmentation import batch_viewer, draw_crop, draw_views, normalis
 from wmdd_core.errors import UserError
 from wmdd_core.graphs import replayed
 from wmdd_core.memory import small_blocks_apart
+from wmdd_core.optimizers import SGD, Adam, AdamW
 from wmdd_core.progress import Progress
 from wmdd_core.seeding import torch_generator
 from wmdd_core.sources import ImageSource
@@ -58,11 +59,11 @@ class Schedule:
             groups = [{"params": parameters, "weight_decay": self.weight_decay}]
         match self.optimizer:
             case "sgd":
-                return torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
+                return SGD(groups, lr=self.learning_rate, momentum=self.momentum)
             case "adam":
-                return torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
+                return Adam(groups, lr=self.learning_rate, fused=True)
             case "adamw":
-                return torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
+                return AdamW(groups, lr=self.learning_rate, fused=True)
         raise UserError(f"unknown optimizer {self.optimizer!r}; known are sgd, adam, adamw")
 
 
