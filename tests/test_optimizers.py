@@ -52,7 +52,8 @@ def test_steps_and_states_are_those_of_pytorch(kind):
     assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
 
 
-TRAINING = """
+JOBS = {
+    "training": """
 import sys, torch
 from torch import nn
 from wmdd_core.training import Schedule, fit
@@ -60,9 +61,8 @@ from wmdd_core.training import Schedule, fit
 for kind in ("sgd", "adam", "adamw"):
     batch = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
     fit(nn.Linear(5, 3), Schedule(2, kind, 0.1), lambda epoch: [batch], nn.functional.cross_entropy)
-"""
-
-RECOVERY = """
+""",
+    "recovery": """
 import sys, torch
 from torch import nn
 from wmdd_core.models import build_model, freeze
@@ -74,9 +74,8 @@ shard = Shard(classes, classes, torch.zeros(2).long(), torch.ones(2), {}, torch.
 settings = RecoverySettings(iterations=2, learning_rate=0.1, lambda_bn=0, bn_term="none")
 names = {"mean": torch.full((3,), 0.5), "std": torch.ones(3), "seed_names": (0,)}
 recover_images(model, shard, settings, resolution=8, **names, device=torch.device("cpu"))
-"""
-
-GRADIENT_MATCHING = """
+""",
+    "gradient matching": """
 import sys, torch
 from wmdd_core.baselines import distil_dc
 from wmdd_core.models import build_model
@@ -89,12 +88,13 @@ def network(seed):
 
 settings = {"outer_loops": 2, "inner_steps": 1, "iterations": 1, "real_batch": 4}
 distil_dc(real, torch.zeros(2, 3, 8, 8), torch.arange(2), network, settings, (0,))
-"""
+""",
+}
 
 
-@pytest.mark.parametrize("code", [TRAINING, RECOVERY, GRADIENT_MATCHING])
-def test_no_job_imports_the_compiler(code):
+@pytest.mark.parametrize("job", JOBS)
+def test_no_job_imports_the_compiler(job):
     """It takes longer to import than the rest of PyTorch."""
     check = "sys.exit('torch._dynamo' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code + check], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", JOBS[job] + check], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
