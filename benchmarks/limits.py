@@ -81,16 +81,25 @@ def operations_of(stage: str, sizes: Mapping) -> float:
     return step * sizes["images"] * sizes["epochs"] + forward * sizes["test"]
 
 
+def measured_before(folder: Path, machine: str) -> list[dict]:
+    """The networks' stages in the JSON files of `folder` that ran on `machine`, the last of equal work."""
+    latest = {}
+    for path in sorted(folder.glob("*-cpu*.json"), key=lambda p: p.stat().st_mtime_ns):
+        for row in json.loads(path.read_text()):
+            here = (row["device"], row["origin"]["machine"]) == ("cpu", machine)
+            if here and "architecture" in row["sizes"]:
+                latest[row["stage"], json.dumps(row["sizes"])] = row
+    return list(latest.values())
+
+
 def measure_limits(folder: Path, threads: int) -> tuple[dict, str]:
-    """The machine's rates, and of each stage measured before (its JSON in `folder`) the share it reaches."""
+    """The machine's rates, and what share of them the stages of `measured_before` reach."""
     torch.set_num_threads(threads)
+    origin = describe_origin(threads)
     rates = measure_rates()
     lines = [["Stage", "Work", "10⁹ operations", "Seconds", "10⁹ operations/s", "Of the product's rate"]]
     stages = []
-    measured = [row for path in sorted(folder.glob("*-cpu*.json")) for row in json.loads(path.read_text())]
-    for row in measured:
-        if row["stage"] == "barycenter" or row["device"] != "cpu":
-            continue
+    for row in measured_before(folder, origin["machine"]):
         sizes, kind = row["sizes"], "bfloat16" if row["sizes"].get("bfloat16") else "float32"
         operations = operations_of(row["stage"], sizes) / 1e9
         seconds = statistics.median(row["seconds"]["ours"])
@@ -99,7 +108,6 @@ def measure_limits(folder: Path, threads: int) -> tuple[dict, str]:
         work = f"{sizes['architecture']}, {sizes['resolution']} pixels, {kind}"
         figures = [f"{operations:,.0f}", f"{seconds:.2f}", f"{operations / seconds:,.0f}", f"{share:.0%}"]
         lines.append([row["stage"], work, *figures])
-    origin = describe_origin(threads)
     notes = [
         f"Best product of matrices of {SIDES} rows: {rates['float32']:.0f}·10⁹ operations/s in float32, "
         f"{rates['bfloat16']:.0f}·10⁹ in bfloat16; copies: {rates['copy']:.0f}·10⁹ bytes/s,"

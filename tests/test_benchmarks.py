@@ -1,6 +1,7 @@
 """The sides of every benchmark do the same work, and its tables have all columns."""
 
 import json
+import os
 import re
 import statistics
 
@@ -20,7 +21,7 @@ from benchmarks.compare import (
     whole_evaluation,
     write_json,
 )
-from benchmarks.limits import count_operations, operations_of
+from benchmarks.limits import count_operations, measured_before, operations_of
 from benchmarks.scaling import draw, slope
 from benchmarks.startup import ROOT, UNUSED, check_unused, imported, scripts
 from wmdd_core.models import build_model
@@ -107,6 +108,24 @@ def test_operations_are_those_of_the_layers():
     forward += 2 * width * 4 * 10
     assert count_operations(model, torch.zeros(1, 3, 16, 16), backward=False) == forward
     assert operations_of("relabel", {**sizes, "images": 7, "epochs": 3}) == 21 * forward
+
+
+def test_limits_are_of_the_last_run_on_this_machine(tmp_path):
+    """Not of one with other threads, nor of an earlier one of the same work."""
+    work, small = {**SIZES["relabel"]["tiny"][0][1]}, {"points": 9}
+
+    def kept(name, stage, sizes, machine, second):
+        row = {"stage": stage, "sizes": sizes, "device": "cpu", "origin": {"machine": machine}, "of": name}
+        path = tmp_path / f"{name}-cpu.json"
+        path.write_text(json.dumps([row]))
+        os.utime(path, (second, second))
+
+    kept("first", "relabel", work, "two threads", 1)
+    kept("aagain", "relabel", work, "two threads", 2)
+    kept("other", "relabel", work, "one thread", 3)
+    kept("longer", "relabel", {**work, "epochs": 9}, "two threads", 4)
+    kept("atoms", "barycenter", small, "two threads", 5)
+    assert {row["of"] for row in measured_before(tmp_path, "two threads")} == {"aagain", "longer"}
 
 
 def test_slopes_and_their_figure(tmp_path):
