@@ -1,4 +1,4 @@
-"""Minimal filtering against PyTorch's convolution, in float64, and where networks use it."""
+"""Minimal filtering and gradients of images against PyTorch's, in float64, and where networks use them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.stages import placed
 from wmdd_core import convolution
-from wmdd_core.convolution import Conv2d, G, MinimalFiltering, filter_minimally
+from wmdd_core.convolution import Conv2d, G, ImageConvolution, MinimalFiltering, use_fast_convolutions
 from wmdd_core.models import build_model, freeze
 from wmdd_core.seeding import torch_generator
 
@@ -138,7 +138,7 @@ def filtered(monkeypatch) -> list[tuple[int, ...]]:
 def test_it_is_used_where_it_pays(channels, shape, chosen, filtered):
     count, *sides = shape
     layer = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1))
-    filter_minimally(layer)
+    use_fast_convolutions(layer)
     x = drawn(count, channels, *sides, dtype=torch.float32)
     found = layer(x)
     assert filtered == [tuple(x.shape)] * chosen
@@ -148,7 +148,7 @@ def test_it_is_used_where_it_pays(channels, shape, chosen, filtered):
 
 def test_other_precisions_go_the_direct_way(filtered):
     layer = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1))
-    filter_minimally(layer)
+    use_fast_convolutions(layer)
     x = drawn(2, 128, 32, 32)
     layer.double()(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -166,13 +166,83 @@ def test_other_precisions_go_the_direct_way(filtered):
         nn.Conv2d(8, 8, 3, padding=1, groups=2),
         nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
         nn.Conv2d(8, 8, 1, padding=1),
-        nn.Conv2d(8, 8, 5, padding=1),
+        nn.Conv2d(8, 8, 5, padding=2),
+        nn.Conv2d(5, 8, 7, padding=3, stride=2),
+        nn.Conv2d(3, 8, 7, padding=2, stride=2),
+        nn.Conv2d(3, 8, 3, padding=1, stride=3),
+        nn.Conv2d(3, 8, 4, padding=2, stride=2),
+        nn.Conv2d(3, 8, (3, 5), padding=(1, 2)),
     ],
     ids=repr,
 )
 def test_other_convolutions_are_left_alone(layer):
-    filter_minimally(nn.Sequential(layer))
+    use_fast_convolutions(nn.Sequential(layer))
     assert type(layer) is nn.Conv2d
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 3, 5, 7, 9])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_gradients_of_images_are_those_of_the_convolution(size, stride, channels_last):
+    for sides in ((12, 10), (2, 4)):
+        x, weight, bias = drawn(3, 3, *sides), drawn(5, 3, size, size), drawn(5)
+        if channels_last:
+            x, weight = (v.to(memory_format=torch.channels_last) for v in (x, weight))
+        x.requires_grad_()
+        found = ImageConvolution.apply(x, weight, bias, stride)
+        wanted = F.conv2d(x, weight, bias, stride, size // 2)
+        assert torch.equal(found, wanted)
+        slope = drawn(*wanted.shape)
+        gradients = [torch.autograd.grad(y, x, slope) for y in (found, wanted)]
+        torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
+
+
+def test_gradients_of_images_can_be_differentiated_again():
+    x, weight = drawn(2, 3, 8, 8).requires_grad_(), drawn(4, 3, 3, 3)
+
+    def second(convolve) -> torch.Tensor:
+        (first,) = torch.autograd.grad(convolve(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    found = second(lambda v: ImageConvolution.apply(v, weight, None, 1))
+    wanted = second(lambda v: F.conv2d(v, weight, padding=1))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-9)
+
+
+def test_gradients_of_images_keep_their_precision():
+    """Under autocast the layer computes in bfloat16; the images' gradient is float32, as the images are."""
+    layer = nn.Sequential(nn.Conv2d(3, 16, 7, stride=2, padding=3)).requires_grad_(False)
+    x = drawn(4, 3, 16, 16, dtype=torch.float32).requires_grad_()
+
+    def gradient() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == torch.bfloat16
+        return torch.autograd.grad(y.float().square().sum(), x)[0]
+
+    wanted = gradient()
+    use_fast_convolutions(layer)
+    found = gradient()
+    assert found.dtype == wanted.dtype == torch.float32
+    assert (found - wanted).norm() / wanted.norm() < 1e-2
+
+
+def test_gradients_of_images_are_used_where_only_images_want_one(monkeypatch):
+    used = []
+    real = ImageConvolution.apply
+    monkeypatch.setattr(ImageConvolution, "apply", lambda x, *a: used.append(tuple(x.shape)) or real(x, *a))
+
+    def run(channels: int = 3, side: int = 8, frozen: bool = True, wanted: bool = True) -> bool:
+        used.clear()
+        layer = nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1)).requires_grad_(not frozen)
+        use_fast_convolutions(layer)
+        layer(torch.zeros(2, channels, side, side, requires_grad=wanted))
+        return used == [(2, channels, side, side)]
+
+    assert run() and run(channels=1)
+    assert not (run(channels=5) or run(side=7) or run(frozen=False) or run(wanted=False))
+    with torch.no_grad():
+        assert not run()
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50", "convnet"])
