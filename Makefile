@@ -54,5 +54,5 @@ plan: install ## what is still to do for a preset: jobs, GPU hours, disk; PRESET
 
 .PHONY: bench
 
-bench: install ## every stage against a plain reference, start-up, limits, scaling; half an hour on two cores
+bench: install ## every stage against a plain reference, start-up, limits, scaling; twenty minutes on two cores
 	$(BIN)/python -m benchmarks features barycenter recover relabel evaluate startup limits scaling $(ARGS)

@@ -15,8 +15,6 @@ from benchmarks import stages
 from benchmarks.compare import describe_origin, origin_note
 from workflow_scripts.plain_tables import as_markdown
 
-FIGURE = Path(__file__).resolve().parent.parent / "docs/figures/scaling.png"
-
 NETWORK = {"architecture": "convnet", "resolution": 32}
 BASE = {
     "features": {**NETWORK, "images": 500, "classes": 10},
@@ -78,7 +76,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def measure_scaling(threads: int, tiny: bool, output: Path) -> tuple[dict, str]:
-    """Times, slopes and the figure, in docs/figures or, for the tiny size, in `output`."""
+    """Times, slopes, and the figure in `output`."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
@@ -97,7 +95,7 @@ def measure_scaling(threads: int, tiny: bool, output: Path) -> tuple[dict, str]:
             )
             shown = (", ".join(f"{v:g}" for v in values), ", ".join(f"{t:.3f}" for t in taken))
             lines.append([panel, stage, *shown, f"{exponent:.2f}"])
-    draw(found, output / "scaling.png" if tiny else FIGURE)
+    draw(found, output / "scaling.png")
     origin = describe_origin(threads)
     return {"panels": found, "origin": origin}, as_markdown(lines, "Scaling", [origin_note(origin)])
 
