@@ -112,7 +112,7 @@ def test_operations_are_those_of_the_layers():
 
 def test_limits_are_of_the_last_run_on_this_machine(tmp_path):
     """Not of one with other threads, nor of an earlier one of the same work."""
-    work, small = {**SIZES["relabel"]["tiny"][0][1]}, {"points": 9}
+    work, small = SIZES["relabel"]["tiny"][0][1], {"points": 9}
 
     def kept(name, stage, sizes, machine, second):
         row = {"stage": stage, "sizes": sizes, "device": "cpu", "origin": {"machine": machine}, "of": name}
@@ -121,11 +121,11 @@ def test_limits_are_of_the_last_run_on_this_machine(tmp_path):
         os.utime(path, (second, second))
 
     kept("first", "relabel", work, "two threads", 1)
-    kept("aagain", "relabel", work, "two threads", 2)
+    kept("again", "relabel", work, "two threads", 2)
     kept("other", "relabel", work, "one thread", 3)
     kept("longer", "relabel", {**work, "epochs": 9}, "two threads", 4)
     kept("atoms", "barycenter", small, "two threads", 5)
-    assert {row["of"] for row in measured_before(tmp_path, "two threads")} == {"aagain", "longer"}
+    assert {row["of"] for row in measured_before(tmp_path, "two threads")} == {"again", "longer"}
 
 
 def test_slopes_and_their_figure(tmp_path):

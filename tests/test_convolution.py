@@ -209,8 +209,9 @@ def test_gradients_of_images_can_be_differentiated_again():
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-9)
 
 
-def test_gradients_of_images_keep_their_precision():
+def test_gradients_of_images_keep_their_precision(monkeypatch):
     """Under autocast the layer computes in bfloat16; the images' gradient is float32, as the images are."""
+    monkeypatch.setattr(convolution, "OUTPUTS", 0)
     layer = nn.Sequential(nn.Conv2d(3, 16, 7, stride=2, padding=3)).requires_grad_(False)
     x = drawn(4, 3, 16, 16, dtype=torch.float32).requires_grad_()
 
@@ -232,15 +233,17 @@ def test_gradients_of_images_are_used_where_only_images_want_one(monkeypatch):
     real = ImageConvolution.apply
     monkeypatch.setattr(ImageConvolution, "apply", lambda x, *a: used.append(tuple(x.shape)) or real(x, *a))
 
-    def run(channels: int = 3, side: int = 8, frozen: bool = True, wanted: bool = True) -> bool:
+    def run(
+        count: int = 9, channels: int = 3, side: int = 64, frozen: bool = True, wanted: bool = True
+    ) -> bool:
         used.clear()
         layer = nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1)).requires_grad_(not frozen)
         use_fast_convolutions(layer)
-        layer(torch.zeros(2, channels, side, side, requires_grad=wanted))
-        return used == [(2, channels, side, side)]
+        layer(torch.zeros(count, channels, side, side, requires_grad=wanted))
+        return used == [(count, channels, side, side)]
 
     assert run() and run(channels=1)
-    assert not (run(channels=5) or run(side=7) or run(frozen=False) or run(wanted=False))
+    assert not (run(count=8) or run(channels=5) or run(side=65) or run(frozen=False) or run(wanted=False))
     with torch.no_grad():
         assert not run()
 

@@ -32,6 +32,9 @@ SPECTRUM = 2**20
 IMAGE_CHANNELS = 4
 """Channels up to which the input of a convolution counts as images."""
 
+OUTPUTS = 2**18
+"""Outputs beyond which the gradient of images repays its kernels: 16 images of 16 pixels and 64 channels."""
+
 # Bᵀ and Aᵀ are written out below; points 0, ±1, ±2 and ∞.
 G = torch.tensor(
     [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64
@@ -47,7 +50,7 @@ class Conv2d(nn.Conv2d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _filters_faster(x, weight):
             return MinimalFiltering.apply(x, weight, bias)
-        if _is_of_images(x, weight, bias):
+        if _is_of_images(x, weight, bias, self.stride[0]):
             return ImageConvolution.apply(x, weight, bias, self.stride[0])
         return super()._conv_forward(x, weight, bias)
 
@@ -79,14 +82,15 @@ def _filters_faster(x: Tensor, weight: Tensor) -> bool:
     return large and len(x) * _tiles(x.shape[2]) * _tiles(x.shape[3]) >= TILES
 
 
-def _is_of_images(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Of few channels, of even sides, and the only one that wants a gradient."""
-    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if not (
-        torch.is_grad_enabled() and x.requires_grad and frozen and x.device.type == "cpu" and x.ndim == 4
-    ):
+def _is_of_images(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> bool:
+    """Many images of even sides and few channels, and nothing else wants a gradient."""
+    if x.device.type != "cpu" or x.ndim != 4 or not (torch.is_grad_enabled() and x.requires_grad):
         return False
-    return weight.shape[1] <= IMAGE_CHANNELS and x.shape[2] % 2 == x.shape[3] % 2 == 0
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return False
+    (count, channels, height, width), even = x.shape, x.shape[2] % 2 == x.shape[3] % 2 == 0
+    outputs = count * len(weight) * height * width // stride**2
+    return channels <= IMAGE_CHANNELS and even and outputs > OUTPUTS
 
 
 class ImageConvolution(torch.autograd.Function):
