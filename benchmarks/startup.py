@@ -45,10 +45,14 @@ def scripts() -> list[str]:
 
 def imported(script: str) -> list[str]:
     """The heavy packages in memory once `script` is imported, in a fresh process."""
-    code = f"import sys, json, workflow_scripts.{script}; print(json.dumps(sorted(sys.modules)))"
-    done = _python(code, stdout=subprocess.PIPE)
-    loaded = set(json.loads(done.stdout))
+    loaded = imported_by(f"import workflow_scripts.{script}")
     return [name for name in HEAVY if name in loaded]
+
+
+def imported_by(code: str) -> set[str]:
+    """The modules that a fresh process has at the end of `code`, which prints nothing."""
+    done = _python(f"{code}\nimport json, sys; print(json.dumps([*sys.modules]))", stdout=subprocess.PIPE)
+    return set(json.loads(done.stdout))
 
 
 def _python(code: str, **options) -> subprocess.CompletedProcess:

@@ -44,14 +44,6 @@ def run_snakemake(directory: Path, *arguments: str, root: Path = ROOT, preset: s
     )
 
 
-def imported_by(code: str) -> set[str]:
-    """The modules that a Python process has at the end of `code`; an error of `code` fails the test."""
-    command = [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules, sep='\\n')"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
-
-
 def start_snakemake(directory: Path, *arguments: str, **environment: str) -> subprocess.Popen:
     """Start the smoke preset in a process group of its own, to be interrupted or killed."""
     return subprocess.Popen(

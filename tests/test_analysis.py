@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import imported_by
 from scipy.spatial.distance import pdist
 from sklearn.cluster import KMeans
 from torch import nn
 
+from benchmarks.startup import imported_by
 from wmdd_core.artifacts import make_header, read_json, write_json, write_tensors
 from wmdd_core.errors import UserError
 from wmdd_core.metrics import (

@@ -3,10 +3,10 @@
 import numpy as np
 import ot
 import pytest
-from conftest import imported_by
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
+from benchmarks.startup import imported_by
 from wmdd_core.barycenter import wasserstein_barycenter
 from wmdd_core.errors import UserError
 from wmdd_core.transport import solve_transport, squared_cost

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import imported_by
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -20,6 +19,7 @@ from PIL import Image, ImageOps
 from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
+from benchmarks.startup import imported_by
 from wmdd_core import data, sources
 from wmdd_core.data import (
     ImageStore,

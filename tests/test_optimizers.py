@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import imported_by
 from torch import nn
 
+from benchmarks.startup import imported_by
 from wmdd_core import optimizers
 from wmdd_core.seeding import torch_generator
 

@@ -3,11 +3,11 @@
 import numpy as np
 import ot
 import pytest
-from conftest import imported_by
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
 
+from benchmarks.startup import imported_by
 from wmdd_core.transport import project_onto_simplex, solve_transport, squared_cost
 
 

@@ -88,9 +88,9 @@ def _is_of_images(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -
         return False
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return False
-    (count, channels, height, width), even = x.shape, x.shape[2] % 2 == x.shape[3] % 2 == 0
+    count, channels, height, width = x.shape
     outputs = count * len(weight) * height * width // stride**2
-    return channels <= IMAGE_CHANNELS and even and outputs > OUTPUTS
+    return channels <= IMAGE_CHANNELS and height % 2 == width % 2 == 0 and outputs > OUTPUTS
 
 
 class ImageConvolution(torch.autograd.Function):
