@@ -63,7 +63,8 @@ def label_views(
 
     `images` are uint8 (M, 3, R, R) on the teacher's device; `labels` may be a memory map.
     `teacher_mode`: "eval" normalises with the running statistics; "batch" with those of each batch,
-    as SRe2L's CIFAR relabelling does, and then the labels depend on `batch_size`.
+    as SRe2L's CIFAR relabelling does, and then the labels depend on `batch_size`. Such batches are drawn
+    anew in each epoch: `images` may be sorted by class, and a class or two have other statistics than all.
     """
     teacher.eval()
     if teacher_mode == "batch":
@@ -83,9 +84,12 @@ def label_views(
     first = state["epochs"] if progress and (state := progress.resume()) else 0
     for epoch in range(first, len(labels)):
         views = settings.views(epoch, len(images), images.shape[-1]).to(device)
-        for start in range(0, len(images), batch_size):
-            logits = label(view(indices[start : start + batch_size], views))
-            labels[epoch, start : start + batch_size] = logits.cpu().numpy()
+        if teacher_mode == "batch":
+            batches = shuffled(len(images), batch_size, (settings.seed, "label batches"), epoch, device)
+        else:
+            batches = indices.split(batch_size)
+        for chosen in batches:
+            labels[epoch, chosen.cpu().numpy()] = label(view(chosen, views)).cpu().numpy()
         if progress:
             progress.step(epoch, len(labels), lambda: _flushed(labels, {"epochs": epoch + 1}), dict)  # noqa: B023
 

@@ -30,7 +30,7 @@ def main(job: Job) -> None:
         found.append(barycenter)
         state = "converged" if barycenter.converged else "stopped"
         print(
-            f"class {c}: W2² {barycenter.objective:.6g}, {state} after {len(barycenter.history)} iterations,"
+            f"class {c}: W2² {barycenter.objective:.6g}, {state} after {barycenter.iterations} iterations,"
             f" {barycenter.seconds:.2f} s"
         )
 
