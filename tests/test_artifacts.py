@@ -210,6 +210,16 @@ def test_a_header_says_what_made_it_and_is_json():
     assert make_header("gather_images", {"ipc": "10"}, {"seed": 0}, "c0de", [], classes=["a", "b"]) == header
 
 
+def test_a_header_names_the_device_of_each_rule():
+    teacher = make_header("pretrain_teacher", {"teacher": "convnet"}, {}, "", [], "cuda")
+    shards = [make_header("recover_images", {"shard": d}, {}, "", [teacher], d) for d in ("cuda", "cpu")]
+    assert make_header("gather_images", {}, {}, "", shards)["devices"] == {
+        "pretrain_teacher (convnet)": "cuda",
+        "recover_images": "cpu, cuda",
+    }
+    assert make_header("describe_dataset", {}, {}, "")["devices"] == {}
+
+
 def test_lineage_holds_every_rule_upstream_and_changes_with_settings_and_code():
     def evaluated(lr: float = 0.1, code: str = "c0de", seed: int = 0) -> dict:
         data = header_of("describe_dataset", {"seed": seed})

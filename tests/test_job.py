@@ -174,13 +174,23 @@ def test_scratch_holds_a_copy_for_as_long_as_the_process_lives(tmp_path, monkeyp
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
+def test_a_job_that_computes_names_its_device(tmp_path):
+    """And its state is not taken up on another, whose rounding differs."""
+    job = replace(make_job(tmp_path), device_name="cpu")
+    assert job.header()["devices"] == {}
+    idle = job.progress([]).stamp
+    assert job.device.type == "cpu"
+    assert job.header()["devices"] == {"pretrain_teacher (convnet)": "cpu"}
+    assert job.progress([]).stamp != idle
+
+
 def test_a_job_on_a_gpu_asks_for_the_same_bits_each_time(tmp_path):
     import torch
 
-    assert replace(make_job(tmp_path), device_name="cpu").device() == torch.device("cpu")
+    assert replace(make_job(tmp_path), device_name="cpu").device == torch.device("cpu")
     assert not torch.are_deterministic_algorithms_enabled()
     try:
-        assert replace(make_job(tmp_path), device_name="cuda:0").device() == torch.device("cuda:0")
+        assert replace(make_job(tmp_path), device_name="cuda:0").device == torch.device("cuda:0")
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)

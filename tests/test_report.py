@@ -68,7 +68,7 @@ class Results:
         wildcards = {**place, "seed": str(seed)}
         if cell["ipc"] == "all":
             wildcards = {k: wildcards[k] for k in ("dataset", "method", "student", "seed")}
-        header = make_header("evaluate_student", wildcards, {}, "", [relabel])
+        header = make_header("evaluate_student", wildcards, {}, "", [relabel], changes.get("device", "cpu"))
         if known:
             for rule in ("relabel_images", "evaluate_student"):
                 self.expected.setdefault(rule, set()).add(header["lineage"][rule])
@@ -108,15 +108,23 @@ def test_mean_and_deviation_over_seeds(tmp_path):
     assert (row["n_seeds"], row["labels"]) == ("3", "soft")
 
 
-def test_published_figure_is_joined_by_dataset_method_size_and_student(tmp_path):
+def test_published_figure_is_joined_by_dataset_method_size_student_and_recipe(tmp_path):
     cells = [make_cell(), make_cell(dataset="digits"), make_cell(student="convnet"), make_cell(ipc="7")]
     cells.append(make_cell(method="all_real", ipc="all", recipe="own"))
+    cells.append(make_cell(recipe="hard"))
     output = Results(tmp_path, cells).tabulate()
     rows = read_rows(output["csv"])
-    assert [r["published_top1"] for r in rows] == ["64.8", "", "", "", "89.9"]
-    assert [r["published_source"] for r in rows] == ["WMDD paper", "", "", "", "WMDD paper"]
+    assert [r["published_top1"] for r in rows] == ["64.8", "", "", "", "89.9", ""]
+    assert [r["published_source"] for r in rows] == ["WMDD paper", "", "", "", "WMDD paper", ""]
     assert "61.9 ± 2.3 (64.8)" in output["md"].read_text()
     assert r"61.9 $\pm$ 2.3 (64.8)" in output["tex"].read_text()
+
+
+def test_a_table_names_the_devices_it_was_computed_on(tmp_path):
+    results = Results(tmp_path, [make_cell()])
+    assert "; device cpu; commit" in results.tabulate()["md"].read_text()
+    results.write(make_cell(), 1, device="cuda")
+    assert "; device cpu (evaluate_student), cuda (evaluate_student);" in results.tabulate()["md"].read_text()
 
 
 def test_missing_cell_is_missing_and_never_zero(tmp_path):
@@ -238,18 +246,18 @@ def test_latex_escapes_names():
 def test_published_figures_are_those_of_the_notes():
     published = tabulate_accuracy.read_published(str(PUBLISHED))
     found = {k: float(row["top1"]) for k, row in published.items()}
-    assert found["imagenette", "wmdd", "100", "resnet18"] == 87.1
-    assert found["imagenet1k", "scdd", "50", "resnet18"] == 53.1
-    assert found["tiny-imagenet", "all_real", "all", "resnet18"] == 63.5
-    assert found["cifar10", "sre2l", "10", "resnet18"] == 29.3
+    assert found["imagenette", "wmdd", "wmdd", "100", "resnet18"] == 87.1
+    assert found["imagenet1k", "wmdd", "scdd", "50", "resnet18"] == 53.1
+    assert found["tiny-imagenet", "own", "all_real", "all", "resnet18"] == 63.5
+    assert found["cifar10", "wmdd", "sre2l", "10", "resnet18"] == 29.3
     assert all(0 < v < 100 for v in found.values())
     assert all(row["source"] for row in published.values())
 
 
 def test_two_published_figures_for_one_place_are_refused(tmp_path):
     path = tmp_path / "published.csv"
-    path.write_text("dataset,method,ipc,student,top1,source\nd,m,1,s,2.0,a\nd,m,1,s,3.0,b\n")
-    with pytest.raises(UserError, match="two figures for d, m, 1, s"):
+    path.write_text("dataset,recipe,method,ipc,student,top1,source\nd,r,m,1,s,2.0,a\nd,r,m,1,s,3.0,b\n")
+    with pytest.raises(UserError, match="two figures for d, r, m, 1, s"):
         tabulate_accuracy.read_published(str(path))
 
 

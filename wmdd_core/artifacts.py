@@ -46,6 +46,7 @@ def make_header(
     settings: Mapping,
     code: str,
     inputs: Iterable[Mapping] = (),
+    device: str | None = None,
     **more: object,
 ) -> dict:
     """What made an artefact, from what, and with what.
@@ -53,9 +54,15 @@ def make_header(
     `lineage` maps this rule and every rule upstream (from the headers `inputs`) to digests of their
     settings and code: two artefacts with the same lineage were made in the same way from the same data.
     Jobs of one rule that were merged (shards, blocks of classes) share one entry.
+
+    `devices` says where each of them computed, "cpu", "cuda" or, merged, both: it decides how numbers are
+    rounded and, where `precision` is auto, how many bits they have.
     """
     lineage: dict[str, str] = {}
+    devices: dict[str, set[str]] = {}
     for header in inputs:
+        for name, value in header.get("devices", {}).items():
+            devices.setdefault(name, set()).update(value.split(", "))
         for name, value in header["lineage"].items():
             if lineage.setdefault(name, value) != value:
                 raise UserError(
@@ -63,12 +70,15 @@ def make_header(
                     f" again, or delete what {name} and the rules after it have made"
                 )
     lineage[lineage_name(rule, wildcards)] = digest([settings, code])
+    if device:
+        devices[lineage_name(rule, wildcards)] = {device}
     return {
         "rule": rule,
         "wildcards": dict(wildcards),
         "settings": dict(settings),
         "code": code,
         "lineage": lineage,
+        "devices": {name: ", ".join(sorted(found)) for name, found in devices.items()},
         "commit": os.environ.get("WMDD_COMMIT", "unknown"),
         "versions": {"python": platform.python_version(), **_versions()},
         **more,

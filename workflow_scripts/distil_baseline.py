@@ -16,7 +16,7 @@ def main(job: Job) -> None:
     settings = dict(job.settings)
     kind, seed, network = settings.pop("kind"), settings.pop("seed"), settings.pop("network")
     settings["strategy"] = settings.pop("augmentation")
-    dataset, ipc, device = job.wildcards["dataset"], int(job.wildcards["ipc"]), job.device()
+    dataset, ipc, device = job.wildcards["dataset"], int(job.wildcards["ipc"]), job.device
     description = job.description()
     classes = len(description["classes"])
     mean, std = normalisation(description)

@@ -231,7 +231,7 @@ def shown_classes(figure: Mapping, total: int) -> list[int]:
 
 
 def main(job: Job) -> None:
-    figure, device, description = job.settings["figure"], job.device(), job.description()
+    figure, device, description = job.settings["figure"], job.device, job.description()
     classes = shown_classes(figure, len(description["classes"]))
     store = open_images(job, description, "train")
     real, labels = resident(store, device)

@@ -15,7 +15,7 @@ from workflow_scripts.real_images import (
 
 
 def main(job: Job) -> None:
-    recipe, device = job.settings["recipe"], job.device()
+    recipe, device = job.settings["recipe"], job.device
     description = job.description()
     mean, std = normalisation(description)
     inputs = [description["header"]]

@@ -73,7 +73,7 @@ def train_student(
 
 
 def main(job: Job) -> None:
-    device, description = job.device(), job.description()
+    device, description = job.device, job.description()
     distilled, distilled_header = read_tensors(job.input["images"])
     inputs = [description["header"], distilled_header]
     labeller = job.input.get("labels")

@@ -10,7 +10,7 @@ from workflow_scripts.real_images import in_order, load_teacher, open_images
 
 
 def main(job: Job) -> None:
-    device = job.device()
+    device = job.device
     description = job.description()
     teacher, teacher_header = load_teacher(job.input["teacher"], device)
     store = open_images(job, description, "train")

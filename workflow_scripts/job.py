@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -63,7 +64,9 @@ class Job:
 
     def header(self, inputs: Iterable[Mapping] = (), **more: object) -> dict:
         """The header of this job's artefacts; `inputs` are the headers of what it read."""
-        return make_header(self.rule, self.wildcards, self.settings, self.code, inputs, **more)
+        device = vars(self).get("device")
+        used = device.type if device else None
+        return make_header(self.rule, self.wildcards, self.settings, self.code, inputs, used, **more)
 
     def checkpoint(self, suffix: str = ".pt") -> Path:
         """Where this job keeps its state, outside its outputs, which Snakemake removes before each try."""
@@ -84,12 +87,16 @@ class Job:
     def progress(self, inputs: Iterable[Mapping]) -> Progress:
         """Report and checkpoint a long loop that depends on these settings and `inputs` alone."""
         header = self.header(inputs)
-        stamp = digest([header["lineage"], header["wildcards"], header["versions"]])
+        stamp = digest([header[key] for key in ("lineage", "devices", "wildcards", "versions")])
         save_every = float(os.environ.get("WMDD_SAVE_EVERY", 60))
         return Progress(self.name, self.checkpoint(), stamp, save_every=save_every)
 
+    @functools.cached_property
     def device(self) -> torch.device:
-        """The device that was asked for; `auto` is a free GPU if there is one, otherwise the CPU."""
+        """The device that was asked for; `auto` is a free GPU if there is one, otherwise the CPU.
+
+        A job that has asked for it names it in its headers.
+        """
         import torch
 
         if self.device_name == "auto":

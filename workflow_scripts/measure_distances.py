@@ -203,7 +203,7 @@ def measure_set(own: DistilledSet, networks: Mapping[str, Embedding], classes: i
 
 
 def main(job: Job) -> None:
-    device, description = job.device(), job.description()
+    device, description = job.device, job.description()
     teacher, teacher_header = load_teacher(job.input["teacher"], device)
     index = read_json(job.input["index"])
     check_artefact(job, description, job.input["teacher"], teacher_header)

@@ -60,7 +60,7 @@ def measure_method(job: Job, method: str) -> Measured:
     """Time `iterations` consecutive iterations of a method on one image per class."""
     settings = dict(job.settings["methods"][method])
     settings["iterations"] = WARM_UP + job.settings["iterations"]
-    device = job.device()
+    device = job.device
     timer = IterationTimer(WARM_UP, device)
     (run_recovery if settings["kind"] == "recover" else run_baseline)(job, settings, timer)
     return Measured(timer.seconds, *peak_memory(device), describe_machine(device))
@@ -125,7 +125,7 @@ def run_baseline(job: Job, settings: dict, timer: IterationTimer) -> None:
 
 def measure_preparation(job: Job) -> Measured:
     """Time what precedes recovery, in seconds: features with BatchNorm statistics, then barycenters."""
-    description, device = job.description(), job.device()
+    description, device = job.description(), job.device
     store = open_images(job, description, "train")
     teacher, _ = load_teacher(job.input["teacher"], device)
     classes = len(description["classes"])

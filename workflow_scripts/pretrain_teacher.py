@@ -63,7 +63,7 @@ def load_published(model: Classifier, architecture: str, weights: str) -> None:
 def main(job: Job) -> None:
     gpus = int(os.environ.get("WMDD_GPUS", 1))
     if gpus == 1 or "weights" in job.settings:
-        return train(job, job.device())
+        return train(job, job.device)
     if gpus > job.settings["batch_size"]:
         raise UserError(
             f"batch_size: {job.settings['batch_size']} is below the number of GPUs, {gpus}; use fewer"
@@ -102,7 +102,7 @@ def launch(job: Job, processes: int) -> None:
 
 def train_part(job: Job) -> None:
     """One of the processes that train together."""
-    device = job.device()
+    device = job.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -162,7 +162,7 @@ def train(job: Job, device: torch.device) -> None:
     if curve.top1:
         curve.top1[-1] = metrics["top1"]
 
-    header = job.header([description["header"]], network=network, device=str(device.type))
+    header = job.header([description["header"]], network=network)
     write_tensors(job.output["checkpoint"], model.state_dict(), header)
     write_json(job.output["metrics"], metrics, header)
     rows = [f"{e},{loss:.6f},{'' if top1 is None else f'{top1:.4f}'}" for e, loss, top1 in curve.rows()]

@@ -61,7 +61,7 @@ def main(job: Job) -> None:
     settings = dict(job.settings)
     seed, sharding, start = settings.pop("seed"), settings.pop("sharding"), settings.pop("start")
     settings.pop("precision", None)  # `precision` reads it from the job's
-    device = job.device()
+    device = job.device
     description = job.description()
     teacher, teacher_header = load_teacher(job.input["teacher"], device)
     mean, std = normalisation(description)

@@ -9,7 +9,7 @@ from workflow_scripts.real_images import images_per_pass, load_teacher, normalis
 
 
 def main(job: Job) -> None:
-    settings, device = job.settings, job.device()
+    settings, device = job.settings, job.device
     description = job.description()
     teacher, teacher_header = load_teacher(job.input["teacher"], device)
     tensors, distilled_header = read_tensors(job.input["images"])

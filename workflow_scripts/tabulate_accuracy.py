@@ -137,10 +137,10 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def read_published(path: str) -> dict[tuple[str, ...], Row]:
-    """(dataset, method, ipc, student) → published figure; two figures for one place are an error."""
+    """`PLACE` → published figure; two figures for one place are an error."""
     found = {}
     for row in read_rows(path):
-        key = tuple(row[k] for k in ("dataset", "method", "ipc", "student"))
+        key = tuple(row[k] for k in PLACE)
         if key in found:
             raise UserError(f"{path} has two figures for {', '.join(key)}; keep one")
         found[key] = row
@@ -160,7 +160,7 @@ def summarise(cell: Mapping, evaluations: Sequence[Mapping], published: Mapping)
             mean, sd = mean_and_sd([e[key] for e in evaluations])
             row[f"{key}_mean"] = f"{mean:.4f}"
             row[f"{key}_sd"] = "" if sd is None else f"{sd:.4f}"
-    figure = published.get(tuple(cell[k] for k in ("dataset", "method", "ipc", "student")))
+    figure = published.get(tuple(cell[k] for k in PLACE))
     if figure:
         row["published_top1"], row["published_source"] = figure["top1"], figure["source"]
     return row
@@ -325,9 +325,15 @@ def provenance(evaluations: Sequence[Mapping]) -> str:
     commits = dict.fromkeys(h["commit"] for h in headers)
     seeds = sorted({int(h["wildcards"]["seed"]) for h in headers})
     versions = dict.fromkeys(f"{k} {v}" for h in headers for k, v in sorted(h["versions"].items()))
+    devices: dict[str, set[str]] = {}
+    for rule, device in (found for h in headers for found in h.get("devices", {}).items()):
+        devices.setdefault(device, set()).add(rule)
+    used = (
+        list(devices) if len(devices) == 1 else [f"{d} ({', '.join(sorted(r))})" for d, r in devices.items()]
+    )
     return (
         f"Made from {len(headers)} evaluations; student seeds {', '.join(map(str, seeds))};"
-        f" commit {', '.join(commits)}; {', '.join(versions)}."
+        f" device {', '.join(used) or 'unknown'}; commit {', '.join(commits)}; {', '.join(versions)}."
     )
 
 
