@@ -14,6 +14,7 @@ rule extract_features:
         log_of("extract_features", "{dataset}/{teacher}"),
     benchmark:
         benchmark_of("extract_features", "{dataset}/{teacher}")
+    threads: decoders
     conda:
         "../envs/wmdd.yaml"
     resources:

@@ -34,11 +34,22 @@ def real_images(w):
     return []
 
 
+def decoders(w):
+    """Processes that decode training images beside the network, where they are read from their files."""
+    return 1 if real_images(w) else 8
+
+
+def crops_of(w):
+    """What crops of a dataset's training images are cut from: whole files, or decoded centres of them."""
+    return "centres" if real_images(w) else "files"
+
+
 @settings_for
 def pretrain_teacher_settings(w):
     return {
         **entry("teachers", w.teacher, w.dataset),
         "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
+        "crops_of": crops_of(w),
         "seed": config["seed"],
     }
 
@@ -231,6 +242,7 @@ def evaluate_all_real_settings(w):
     return {
         "recipe": without(method_of(w), "kind", "label", "swept"),
         "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
+        "crops_of": crops_of(w),
         "student": without(entry("students", w.student, w.dataset), "label"),
         "seed": config["seed"],
     }
@@ -753,6 +765,7 @@ def embed_tsne_settings(w):
         "schedule": schedule,
         "student": without(entry("students", needed(w, "student"), dataset), "label"),
         "flip": entry("datasets", dataset, dataset).get("flip", True),
+        "crops_of": crops_of(SimpleNamespace(dataset=dataset)),
         "seed": config["seed"],
     }
 

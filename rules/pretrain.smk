@@ -14,6 +14,7 @@ rule pretrain_teacher:
         log_of("pretrain_teacher", "{dataset}/{teacher}"),
     benchmark:
         benchmark_of("pretrain_teacher", "{dataset}/{teacher}")
+    threads: decoders
     conda:
         "../envs/wmdd.yaml"
     resources:

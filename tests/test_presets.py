@@ -33,7 +33,7 @@ RECOVER = {
 }
 # What the supplement leaves to the released code.
 DATASET = {
-    "imagenette": {"classes": 10, "resolution": 224, "store_train": True},
+    "imagenette": {"classes": 10, "resolution": 224, "store_train": False},
     "tiny-imagenet": {"classes": 200, "resolution": 64, "store_train": True},
     "imagenet1k": {"classes": 1000, "resolution": 224, "store_train": False},
 }
