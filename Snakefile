@@ -27,3 +27,4 @@ rule all:
     default_target: True
     input:
         PAGE.format(page="index"),
+        parts_of("index"),  # a table or figure that was deleted is made again, too

@@ -16,6 +16,7 @@ rule compute_barycenter:
     params:
         settings=settings_of("compute_barycenter"),
         code=code_of("compute_barycenter"),
+        behind=behind_of("compute_barycenter"),
         job=describe_job,
     message:
         "Barycenter of class {wildcards.block} of {wildcards.dataset}, {wildcards.ipc} per class"

@@ -34,6 +34,7 @@ rule decode_images:
     params:
         settings=settings_of("decode_images"),
         code=code_of("decode_images"),
+        behind=behind_of("decode_images"),
         job=describe_job,
     message:
         "Decode the {wildcards.split} images of {wildcards.dataset}"

@@ -20,6 +20,7 @@ rule evaluate_student:
     params:
         settings=settings_of("evaluate_student"),
         code=code_of("evaluate_student"),
+        behind=behind_of("evaluate_student"),
         job=describe_job,
     message:
         "Evaluate {wildcards.method} on {wildcards.dataset}, {wildcards.ipc} per class, {wildcards.student},"
@@ -49,6 +50,7 @@ rule evaluate_all_real:
     params:
         settings=settings_of("evaluate_all_real"),
         code=code_of("evaluate_all_real"),
+        behind=behind_of("evaluate_all_real"),
         job=describe_job,
     message:
         "Train {wildcards.student} on all real images of {wildcards.dataset}, seed {wildcards.seed}"

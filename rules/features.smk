@@ -22,6 +22,7 @@ rule extract_features:
     params:
         settings=settings_of("extract_features"),
         code=code_of("extract_features"),
+        behind=behind_of("extract_features"),
         job=describe_job,
     message:
         "Extract features of {wildcards.dataset} with teacher {wildcards.teacher}"

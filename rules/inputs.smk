@@ -102,6 +102,11 @@ def classes_of_shard(w):
     return shard_members(*place)[0]
 
 
+def needs_atoms(method):
+    """Whether a method matches features with a barycenter."""
+    return method["kind"] == "recover" and method["feature_term"] == "barycenter"
+
+
 def uses_features(method):
     """Whether recovery draws real features: for the terms that compare sets."""
     return method["feature_term"] in ("mmd_linear", "mmd_rbf", "sliced_wasserstein")
@@ -115,7 +120,7 @@ def recover_images_input(w):
         "teacher": TEACHER.format(**place),
         "statistics": BN_STATISTICS.format(**place),
     }
-    if method.get("barycenter") and method["feature_term"] == "barycenter":
+    if needs_atoms(method):
         blocks = dict.fromkeys(block_of(c, w.dataset) for c in classes_of_shard(w))
         files["barycenters"] = [BARYCENTER.format(**place, block=b) for b in blocks]
     if uses_features(method):
@@ -246,6 +251,61 @@ def evaluate_all_real_settings(w):
         "student": without(entry("students", w.student, w.dataset), "label"),
         "seed": config["seed"],
     }
+
+
+# ---- what lies behind a job ------------------------------------------------------------------
+
+
+def steps_before(rule, w):
+    """The steps whose artefacts a job of `rule` reads, as (rule, wildcards that decide on their settings)."""
+    data = {"dataset": w.dataset}
+    if rule in ("describe_dataset", "import_images"):
+        return []
+    if rule == "decode_images":
+        return [("describe_dataset", data)]
+    images = [("decode_images", data)]
+    if rule in ("pretrain_teacher", "distil_baseline", "evaluate_all_real"):
+        return images
+    if rule == "extract_features":
+        return [("pretrain_teacher", {**data, "teacher": w.teacher})]
+    if rule == "compute_barycenter":
+        return [("extract_features", {**data, "teacher": w.teacher})]
+    method, teacher, place = method_of(w), {**data, "teacher": teacher_of(w)}, {**data, "method": w.method}
+    if rule == "select_images":
+        return [*images, ("extract_features", teacher)] if method["selection"] == "kmeans" else images
+    if rule == "recover_images":
+        found = [*images, ("extract_features", teacher)]
+        if needs_atoms(method):
+            found.append(("compute_barycenter", {**teacher, "barycenter": method["barycenter"]}))
+        return found
+    if rule == "gather_images":
+        kinds = {"recover": "recover_images", "select": "select_images", "external": "import_images"}
+        return [(kinds.get(method["kind"], "distil_baseline"), {**place, "ipc": w.ipc})]
+    sets, labeller = ("gather_images", {**place, "ipc": w.ipc}), {**data, "teacher": labeller_of(w)}
+    if rule == "relabel_images":
+        return [sets, ("pretrain_teacher", labeller)]
+    labels = entry("recipes", w.recipe, w.dataset)["labels"]
+    return {
+        "soft": [("relabel_images", {**place, "ipc": w.ipc, "recipe": w.recipe})],
+        "online": [sets, ("pretrain_teacher", labeller)],
+        "hard": [sets],
+    }[labels]
+
+
+@functools.cache
+def behind(rule, **wildcards):
+    """A digest of the settings and the code of every step behind a job."""
+    steps = steps_before(rule, SimpleNamespace(**wildcards))
+    return digest([[SETTINGS[r](SimpleNamespace(**w)), code_of(r), behind(r, **w)] for r, w in steps])
+
+
+def behind_of(rule):
+    """The rule's parameter that changes with any step before it.
+
+    A job that fails by new settings leaves no output that Snakemake could see to be outdated, and what was
+    made of the old one stays as it is: without this, it would count as up to date.
+    """
+    return lambda w: behind(rule, **dict(w.items()))
 
 
 # ---- report ----------------------------------------------------------------------------------
@@ -447,11 +507,6 @@ def efficiency_barycenter(w):
     return next(iter(used), None)
 
 
-def needs_atoms(method):
-    """Whether a method matches features with a barycenter."""
-    return method["kind"] == "recover" and method["feature_term"] == "barycenter"
-
-
 def measure_efficiency_input(w):
     dataset, barycenter = single(w, "datasets"), efficiency_barycenter(w)
     place = {"dataset": dataset, "teacher": labeller_of(SimpleNamespace(dataset=dataset)), "ipc": 1}
@@ -637,6 +692,11 @@ def page_items(page):
 
 def page_input(w):
     return {"parts": [item_file(item["name"]) for item in page_items(w.page)]}
+
+
+def parts_of(page):
+    """The tables and figures of a page, as a rule's input."""
+    return lambda w: page_input(SimpleNamespace(page=page))["parts"]
 
 
 def displayed(path):

@@ -22,6 +22,7 @@ rule pretrain_teacher:
     params:
         settings=settings_of("pretrain_teacher"),
         code=code_of("pretrain_teacher"),
+        behind=behind_of("pretrain_teacher"),
         job=describe_job,
         gpus=gpus_of_job,
     message:

@@ -21,6 +21,7 @@ rule recover_images:
     params:
         settings=settings_of("recover_images"),
         code=code_of("recover_images"),
+        behind=behind_of("recover_images"),
         job=describe_job,
     message:
         "Recover {wildcards.method} on {wildcards.dataset}, {wildcards.ipc} per class, shard {wildcards.shard}"
@@ -47,6 +48,7 @@ rule select_images:
     params:
         settings=settings_of("select_images"),
         code=code_of("select_images"),
+        behind=behind_of("select_images"),
         job=describe_job,
     message:
         "Select {wildcards.method} images of {wildcards.dataset}, {wildcards.ipc} per class"
@@ -75,6 +77,7 @@ rule distil_baseline:
     params:
         settings=settings_of("distil_baseline"),
         code=code_of("distil_baseline"),
+        behind=behind_of("distil_baseline"),
         job=describe_job,
     message:
         "Distil {wildcards.method} on {wildcards.dataset}, {wildcards.ipc} per class"
@@ -101,6 +104,7 @@ rule import_images:
     params:
         settings=settings_of("import_images"),
         code=code_of("import_images"),
+        behind=behind_of("import_images"),
         job=describe_job,
     message:
         "Import {wildcards.method} for {wildcards.dataset}, {wildcards.ipc} per class"
@@ -129,6 +133,7 @@ rule gather_images:
     params:
         settings=settings_of("gather_images"),
         code=code_of("gather_images"),
+        behind=behind_of("gather_images"),
         job=describe_job,
     message:
         "Gather {wildcards.method} on {wildcards.dataset}, {wildcards.ipc} per class"

@@ -20,6 +20,7 @@ rule relabel_images:
     params:
         settings=settings_of("relabel_images"),
         code=code_of("relabel_images"),
+        behind=behind_of("relabel_images"),
         job=describe_job,
     message:
         "Relabel {wildcards.method} on {wildcards.dataset}, {wildcards.ipc} per class, recipe {wildcards.recipe}"

@@ -172,3 +172,4 @@ for _name in config["figures"]:
 rule all_paper:
     input:
         PAGE.format(page="paper"),
+        parts_of("paper"),

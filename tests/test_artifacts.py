@@ -258,3 +258,16 @@ def test_two_teachers_may_meet():
     teacher = header_of("pretrain_teacher", {"architecture": "resnet18"}, [data], teacher="resnet18")
     distilled = header_of("gather_images", {}, [data, header_of("recover_images", {}, [data, teacher])])
     header_of("relabel_images", {}, [data, labeller, distilled])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write", "read"),
+    [(".npz", write_arrays, read_arrays), (".safetensors", write_tensors, read_tensors)],
+)
+@pytest.mark.parametrize("kept", [0, 40, 200])
+def test_a_truncated_file_is_named(tmp_path, suffix, write, read, kept):
+    path = tmp_path / f"images{suffix}"
+    write(path, {"x": np.arange(100.0)}, {"rule": "test"})
+    os.truncate(path, kept)
+    with pytest.raises(UserError, match=f"images{suffix} is damaged .* delete it and run snakemake again"):
+        read(path)

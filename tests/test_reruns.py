@@ -48,6 +48,36 @@ def test_a_change_reruns_what_the_table_says(smoke, overlay, jobs):
     assert planned_counts(smoke, overlay) == jobs
 
 
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        ("λ of a method", "distilled/wmdd/ipc1/shards"),
+        ("λ of a method", "labels/wmdd/wmdd/ipc1/labels.npy"),
+        ("epochs of the teacher", "teachers/convnet"),
+        ("epochs of the teacher", "features/convnet"),
+        ("iterations of the barycenter", "barycenters"),
+        ("epochs of a recipe", "labels"),
+    ],
+)
+def test_a_job_that_failed_after_a_change_is_planned_again(smoke, tmp_path, change, lost):
+    """Snakemake removes a job's outputs when it starts: nothing of them is left to be out of date."""
+    directory = Path(shutil.copytree(smoke, tmp_path / "run"))
+    (found,) = directory.glob(f"**/digits/{lost}")
+    shutil.rmtree(found) if found.is_dir() else found.unlink()
+    ((overlay, jobs),) = [(o, j) for c, o, j in rows_of_the_table() if c == change]
+    assert planned_counts(directory, overlay) == jobs
+
+
+def test_deleted_tables_and_figures_are_made_again(smoke, tmp_path):
+    directory = Path(shutil.copytree(smoke, tmp_path / "run"))
+    for name in ("tables/main.csv", "figures/gallery.png"):
+        (found,) = directory.glob(f"**/report/{name}")
+        found.unlink()
+    planned = planned_counts(directory, "{}")
+    assert {"tabulate_accuracy", "plot_gallery", "build_page"} <= planned.keys()
+    assert not planned.keys() & {"recover_images", "evaluate_student"}
+
+
 PHOTOS = """
 student_seeds: 1
 datasets: {{photos: {{source: imagefolder, root: "{}", resolution: 8, store_train: true, teacher: convnet}}}}

@@ -65,6 +65,7 @@ def test_jobs_are_read_from_a_dry_run(jobs, tmp_path):
     assert jobs[2].benchmark == tmp_path / "benchmarks/evaluate_student/digits/seed2.tsv"
     assert jobs[2].lock == tmp_path / "checkpoints/evaluate_student/dataset-digits/seed-2.lock"
     assert planned_jobs("Shell command: echo python -m workflow_scripts.x") == []
+    assert len(planned_jobs(f"    WMDD_GPUS=2 {command_of(tmp_path, 7)}")) == 1
 
 
 def test_counts_are_read_from_the_table():

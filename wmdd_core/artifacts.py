@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -150,10 +151,13 @@ def write_arrays(path: Path | str, arrays: Mapping[str, np.ndarray], header: Map
 
 
 def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
-    """Read arrays and header of a file made by `write_arrays`."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    return arrays, json.loads(str(arrays.pop("header")))
+    """Read arrays and header of a file made by `write_arrays`; `UserError` if it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return arrays, json.loads(str(arrays.pop("header")))
+    except (zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
 
 
 def write_tensors(path: Path | str, tensors: Mapping, header: Mapping) -> None:
@@ -168,12 +172,19 @@ def write_tensors(path: Path | str, tensors: Mapping, header: Mapping) -> None:
 
 
 def read_tensors(path: Path | str, framework: str = "pt") -> tuple[dict, dict]:
-    """Read tensors (on the CPU) and header of a file made by `write_tensors`.
+    """Read tensors (on the CPU) and header of a file made by `write_tensors`; `UserError` if it is damaged.
 
     `framework` "np" gives NumPy arrays, without PyTorch.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework=framework) as file:
-        header = json.loads((file.metadata() or {}).get("header", "{}"))
-        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    try:
+        with safe_open(path, framework=framework) as file:
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path | str, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({error}); delete it and run snakemake again")

@@ -119,7 +119,8 @@ def count_jobs(told: str) -> dict[str, int]:
 
 def planned_jobs(told: str) -> list[Planned]:
     """The jobs that a dry run with --printshellcmds names."""
-    commands = re.findall(r"^\s*(?:Shell command: )?(python -m workflow_scripts\..+)$", told, re.MULTILINE)
+    line = r"^\s*(?:Shell command: )?(?:\w+=\S* )*(python -m workflow_scripts\..+)$"  # behind its environment
+    commands = re.findall(line, told, re.MULTILINE)
     return [job for command in commands if (job := Planned.from_command(command))]
 
 
