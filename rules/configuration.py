@@ -79,6 +79,7 @@ def prepare(config: dict, schema: dict) -> dict:
                     f"{block}.{name}: a name is part of a path; use letters, digits and _ . + -"
                 )
             check_block(f"{block}.{name}", entry, kind, schema)
+            check_conditions(f"{block}.{name}", entry, kind, config["datasets"])
     check_references(config, schema)
     return config
 
@@ -175,6 +176,30 @@ def check_block(where: str, entry: object, kind: Mapping, schema: Mapping) -> No
             )
     for key, value in entry.items():
         _check_value(f"{where}.{key}".removeprefix("config."), value, kind["properties"][key], schema)
+
+
+def check_conditions(where: str, entry: Mapping, kind: Mapping, datasets: Iterable[str]) -> None:
+    """Check what the schema says under `allOf`: what an entry of this kind, say, needs and may say.
+
+    For each dataset; one for which a key has no value is none of the entry's, until a table asks for it.
+    """
+    from jsonschema import Draft202012Validator
+
+    rules = kind.get("allOf", [])
+    for dataset in datasets if rules else ():
+        try:
+            settings = resolve(entry, dataset, where)
+        except ConfigError:
+            continue
+        for error in Draft202012Validator({"allOf": rules}).iter_errors(settings):
+            told, listed = rules[error.schema_path[1]]["description"], error.validator_value
+            if error.validator == "required":
+                missing = ", ".join(repr(key) for key in listed if key not in settings)
+                raise ConfigError(f"{where}: {told} needs {missing}; add what is missing")
+            surplus = ", ".join(repr(key) for key in settings if key not in listed)
+            raise ConfigError(
+                f"{where}: {told} does not read {surplus}; remove it, here or where `like` takes it from"
+            )
 
 
 def _check_value(where: str, value: object, allowed: Mapping, schema: Mapping) -> None:

@@ -32,15 +32,32 @@ student_seeds: 2
 datasets:
   digits: {source: digits, resolution: 16, teacher: small}
 teachers:
-  small: {architecture: convnet, width: 8, epochs: 2}
+  small:
+    architecture: convnet
+    width: 8
+    epochs: 2
+    optimizer: sgd
+    learning_rate: 0.1
+    batch_size: 8
+    crop_scale_min: 0.5
 barycenters:
   learned: {weights: learned}
 methods:
-  wmdd: {kind: recover, barycenter: learned, lambda_bn: 1, iterations: 5, learning_rate: 0.1}
+  wmdd:
+    kind: recover
+    barycenter: learned
+    feature_term: barycenter
+    bn_term: per_class
+    lambda_bn: 1
+    iterations: 5
+    learning_rate: 0.1
+    batch_size: 10
+    batch_layout: whole_classes
+    start: noise
 students:
   small: {architecture: convnet}
 recipes:
-  soft: {epochs: 3, batch_size: 10, optimizer: adamw, learning_rate: 0.001, labels: soft}
+  soft: {epochs: 3, batch_size: 10, optimizer: adamw, learning_rate: 0.001, labels: soft, temperature: 20}
 tables:
   main: {datasets: [digits], methods: [wmdd], ipc: [1], students: [small], recipes: [soft]}
 figures:
@@ -150,6 +167,138 @@ def test_a_missing_key_is_named_with_what_it_means():
     del config["seed"]
     with pytest.raises(ConfigError, match="config: the key 'seed' is missing"):
         prepare(config, SCHEMA)
+
+
+# ---- what an entry of a kind needs and reads ---------------------------------------------------
+
+RECOVER = BASE["methods"]["wmdd"]
+SCHEDULE = {"epochs": 2, "optimizer": "sgd", "learning_rate": 0.1, "batch_size": 8, "crop_scale_min": 0.5}
+
+
+@pytest.mark.parametrize("key", [k for k in RECOVER if k != "kind"])
+def test_a_key_that_recovery_needs_is_told_as_missing(key):
+    told = refusal("methods.mine", {k: v for k, v in RECOVER.items() if k != key})
+    told_by = "feature_term barycenter" if key == "barycenter" else "kind recover"
+    assert told == f"methods.mine: {told_by} needs {key!r}; add what is missing"
+
+
+@pytest.mark.parametrize(
+    ("path", "entry", "missing"),
+    [
+        ("methods.x", {"kind": "select"}, "kind select needs 'selection'"),
+        ("methods.x", {"kind": "dm"}, "kind dm needs 'network', 'iterations', 'augmentation'"),
+        (
+            "methods.x",
+            {"kind": "dc", "network": "small", "iterations": 1, "augmentation": []},
+            "kind dc needs 'outer_loops', 'inner_steps'",
+        ),
+        ("methods.x", {"kind": "external"}, "kind external needs 'external'"),
+        (
+            "methods.x",
+            {"kind": "real", "epochs": 3, "optimizer": "sgd"},
+            "needs 'learning_rate', 'batch_size'",
+        ),
+        ("methods.x", {"like": "wmdd", "kind": "external"}, "kind external needs 'external'"),
+        ("teachers.x", {"architecture": "convnet", "epochs": 3}, "needs 'optimizer', 'learning_rate'"),
+        (
+            "teachers.x",
+            {"architecture": "convnet"},
+            "a teacher without weights, or with epochs, needs 'epochs'",
+        ),
+        ("teachers.x", {"architecture": "convnet", "weights": "a.pt", "epochs": 3}, "needs 'optimizer'"),
+        ("students.x", {"width": 3}, "the key 'architecture' is missing"),
+        ("barycenters.x", {"restarts": 3}, "the key 'weights' is missing"),
+        ("datasets.x", {"source": "digits"}, "the key 'resolution' is missing"),
+        ("figures.x", {"kind": "accuracy"}, "kind accuracy needs 'table'"),
+        ("figures.x", {"kind": "sweep"}, "kind sweep needs 'table'"),
+        ("figures.x", {"kind": "gallery"}, "kind gallery needs 'datasets', 'methods', 'ipc'"),
+        ("figures.x", {"kind": "tsne"}, "kind tsne needs 'datasets', 'methods', 'ipc', 'student'"),
+        ("figures.x", {"kind": "barycenter_iterations", "ipc": [1]}, "needs 'datasets', 'barycenters'"),
+        ("figures.x", {"kind": "hyperparameters"}, "kind hyperparameters needs 'presets', 'methods'"),
+        ("figures.x", {"kind": "efficiency"}, "kind efficiency needs 'datasets', 'methods'"),
+        ("figures.x", {"kind": "cost"}, "needs 'datasets', 'methods', 'ipc', 'student', 'recipes'"),
+        (
+            "figures.x",
+            {
+                "kind": "distances",
+                "datasets": ["digits"],
+                "methods": ["wmdd"],
+                "ipc": [1],
+                "student": "small",
+            },
+            "kind distances with a student needs 'recipe'",
+        ),
+    ],
+)
+def test_what_an_entry_lacks_is_told_in_one_line(path, entry, missing):
+    told = refusal(path, entry)
+    assert told.startswith(f"{path}: ") and missing in told
+
+
+@pytest.mark.parametrize("labels", ["soft", "online", {"digits": "online", "default": "hard"}])
+def test_only_hard_labels_do_without_a_temperature(labels):
+    recipe = {k: v for k, v in BASE["recipes"]["soft"].items() if k != "temperature"}
+    prepare(changed("recipes.x", {**recipe, "labels": "hard"}), SCHEMA)
+    told = refusal("recipes.x", {**recipe, "labels": labels})
+    assert told == "recipes.x: labels soft or online needs 'temperature'; add what is missing"
+
+
+def test_entries_with_all_that_they_need_are_accepted():
+    for path, entry in {
+        "teachers.loaded": {"architecture": "resnet18", "weights": "torchvision"},
+        "methods.ceiling": {"kind": "real", **SCHEDULE},
+        "methods.members": {"like": "wmdd", "sweep": {"start": ["noise", "real"]}},
+        "methods.no_atoms": {k: v for k, v in RECOVER.items() if k != "barycenter"}
+        | {"feature_term": "none"},
+        "methods.theirs": {"kind": "external", "external": "ipc{ipc}"},
+    }.items():
+        prepare(changed(path, entry), SCHEMA)
+    abstract = {k: v for k, v in RECOVER.items() if k != "start"}  # the sweep gives what the entry lacks
+    prepare(changed("methods.starts", {**abstract, "sweep": {"start": ["noise", "real"]}}), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("entry", "surplus"),
+    [
+        (
+            {"kind": "select", "selection": "random", "iterations": 5, "lambda_bn": 3},
+            "kind select does not read 'iterations', 'lambda_bn'",
+        ),
+        ({**RECOVER, "momentum": 0.5}, "kind recover does not read 'momentum'"),
+        (
+            {"kind": "external", "external": "x", "selection": "random"},
+            "kind external does not read 'selection'",
+        ),
+        ({"kind": "real", **SCHEDULE, "iterations": 5}, "kind real does not read 'iterations'"),
+        (
+            {"kind": "dm", "network": "small", "iterations": 1, "augmentation": [], "outer_loops": 1},
+            "kind dm does not read 'outer_loops'",
+        ),
+    ],
+)
+def test_keys_of_another_kind_are_told(entry, surplus):
+    told = refusal("methods.x", entry)
+    assert told.startswith(f"methods.x: {surplus}; remove it")
+
+
+def test_the_schema_knows_what_the_steps_read():
+    """What recovery, DM and DC need without a default, and all that they take."""
+    from dataclasses import MISSING, fields
+
+    from wmdd_core.baselines import DcSettings, DmSettings
+    from wmdd_core.recovery import RecoverySettings
+
+    rules = {rule["description"]: rule["then"] for rule in SCHEMA["$defs"]["method"]["allOf"]}
+    read_by_rules = {"kind", "label", "swept", "teacher", "barycenter", "batch_size", "batch_layout", "start"}
+    for kind, settings, beside, fixed in (
+        ("recover", RecoverySettings, read_by_rules, {"beta1", "beta2"}),
+        ("dm", DmSettings, {"kind", "label", "swept", "network", "augmentation"}, {"classes_per_batch"}),
+        ("dc", DcSettings, {"kind", "label", "swept", "network", "augmentation"}, {"network_batch"}),
+    ):
+        rule = rules[f"kind {kind}"]
+        known = {f.name for f in fields(settings)} - fixed - {"strategy"}
+        assert set(rule["propertyNames"]["enum"]) == known | beside
+        assert {f.name for f in fields(settings) if f.default is MISSING} <= set(rule["required"])
 
 
 # ---- types and ranges --------------------------------------------------------------------------
