@@ -85,12 +85,20 @@ def prepare(config: dict, schema: dict) -> dict:
 
 
 def check_references(config: Mapping, schema: Mapping) -> None:
-    """Every name that an entry refers to (`x-ref` in the schema) is an entry of that block, or a sweep."""
+    """Every name that an entry refers to (`x-ref` in the schema) is an entry of that block, or a sweep.
+
+    The names in a value by dataset are datasets, or `default`.
+    """
+    datasets = [*config["datasets"], "default"]
     swept = {entry["swept"]["entry"] for entry in config["methods"].values() if "swept" in entry}
 
     def check(where: str, settings: Mapping, kind: Mapping) -> None:
         for key, value in settings.items():
             blocks = kind["properties"][key].get("x-ref", [])
+            by_dataset = isinstance(value, Mapping) and kind["properties"][key].get("type") != "object"
+            for dataset in value if by_dataset else ():
+                if dataset not in datasets:
+                    raise ConfigError(f"{where}{key}: {unknown(dataset, datasets)}")
             for single in value.values() if isinstance(value, Mapping) and blocks else [value]:
                 names = [n for b in blocks for n in config[b]] + (
                     sorted(swept) if "methods" in blocks else []
@@ -175,7 +183,10 @@ def check_block(where: str, entry: object, kind: Mapping, schema: Mapping) -> No
                 f"{where}: the key {key!r} is missing ({kind['properties'][key]['description']})"
             )
     for key, value in entry.items():
-        _check_value(f"{where}.{key}".removeprefix("config."), value, kind["properties"][key], schema)
+        allowed = kind["properties"][key]
+        one = kind is schema or key in kind.get("x-one-value", ()) or allowed.get("type") == "object"
+        values = value if isinstance(value, Mapping) and not one else {"": value}
+        _check_values(f"{where}.{key}".removeprefix("config."), values, allowed, schema)
 
 
 def check_conditions(where: str, entry: Mapping, kind: Mapping, datasets: Iterable[str]) -> None:
@@ -202,11 +213,10 @@ def check_conditions(where: str, entry: Mapping, kind: Mapping, datasets: Iterab
             )
 
 
-def _check_value(where: str, value: object, allowed: Mapping, schema: Mapping) -> None:
+def _check_values(where: str, values: Mapping, allowed: Mapping, schema: Mapping) -> None:
     from jsonschema import Draft202012Validator
 
-    by_dataset = isinstance(value, Mapping) and allowed.get("type") != "object"
-    for part, single in value.items() if by_dataset else [("", value)]:
+    for part, single in values.items():
         if isinstance(single, float) and not math.isfinite(single):
             raise ConfigError(f"{where} is {single}; expected a finite number ({allowed['description']})")
         error = next(

@@ -501,6 +501,33 @@ def test_each_value_by_dataset_is_checked(dataset):
     assert "expected a finite number" in refusal("methods.wmdd.lambda_bn", {dataset: float("nan")})
 
 
+@pytest.mark.parametrize("block", ["datasets", "teachers", "methods", "recipes"])
+def test_a_value_for_an_unknown_dataset_is_told(block):
+    (name,) = BASE[block]
+    key = "teacher" if block == "datasets" else "batch_size"
+    value = BASE[block][name].get(key)
+    told = refusal(f"{block}.{name}.{key}", {"digit": value, "default": value})
+    assert told == f"{block}.{name}.{key}: unknown name 'digit'; did you mean 'digits'?"
+    told = refusal(f"{block}.{name}.{key}", {"imagenette": value, "digits": value})
+    assert told.endswith("unknown name 'imagenette'; known are digits, default")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("seed", {"digits": 1}),
+        ("device", {"default": "cpu"}),
+        ("methods.wmdd.kind", {"digits": "recover"}),
+        ("methods.wmdd.label", {"digits": "WMDD"}),
+        ("tables.main.datasets", {"digits": ["digits"]}),
+        ("tables.main.seeds", {"digits": 2}),
+        ("figures.accuracy.table", {"digits": "main"}),
+    ],
+)
+def test_what_is_the_same_for_all_datasets_takes_one_value(path, value):
+    assert f"{path} is {value}; expected " in refusal(path, value)
+
+
 # ---- what tells settings apart -----------------------------------------------------------------
 
 
