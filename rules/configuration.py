@@ -103,9 +103,15 @@ def check_references(config: Mapping, schema: Mapping) -> None:
                 names = [n for b in blocks for n in config[b]] + (
                     sorted(swept) if "methods" in blocks else []
                 )
-                for name in (single if isinstance(single, list) else [single]) if blocks else []:
+                listed = single if isinstance(single, list) else [single]
+                for name in listed if blocks else []:
                     if name not in names:
                         raise ConfigError(f"{where}{key}: {unknown(name, names)}")
+                    sweep = config["methods"].get(name, {}).get("swept", {}).get("entry")
+                    if "methods" in blocks and sweep in listed:
+                        raise ConfigError(
+                            f"{where}{key}: {name} is one of {sweep}, named too; remove one of them"
+                        )
 
     check("", {k: v for k, v in config.items() if k not in ENTRY_BLOCKS}, schema)
     for block in ENTRY_BLOCKS:
@@ -222,10 +228,13 @@ def _check_values(where: str, values: Mapping, allowed: Mapping, schema: Mapping
         error = next(
             iter(Draft202012Validator({**allowed, "$defs": schema["$defs"]}).iter_errors(single)), None
         )
-        if error is not None:
-            place = ".".join([where, *([part] if part else []), *map(str, error.path)])
-            told = f"{place} is {error.instance!r}; {_expectation(error)}"
-            raise ConfigError(f"{told} ({allowed['description']})")
+        if error is None:
+            continue
+        if "propertyNames" in error.schema_path:
+            raise ConfigError(f"{where}: {unknown(error.instance, error.validator_value)}")
+        place = ".".join([where, *([part] if part else []), *map(str, error.path)])
+        told = f"{place} is {error.instance!r}; {_expectation(error)}"
+        raise ConfigError(f"{told} ({allowed['description']})")
 
 
 def _expectation(error) -> str:
@@ -239,6 +248,10 @@ def _expectation(error) -> str:
             return f"the most allowed is {limit}"
         case "exclusiveMinimum":
             return f"it must be above {limit}"
+        case "pattern":
+            return "it is not as described"
+        case "uniqueItems":
+            return "name each once"
         case "enum":
             known = ", ".join(map(str, limit))
             near = difflib.get_close_matches(str(error.instance), [str(x) for x in limit], 1)

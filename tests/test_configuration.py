@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -329,6 +330,26 @@ def test_the_schema_knows_what_the_steps_read():
         ("tables.main.ipc", [1, 0], "tables.main.ipc.1 is 0; the least allowed is 1"),
         ("tables.main.ipc", 10, "tables.main.ipc is 10; expected array"),
         ("datasets", ["digits"], "datasets is ['digits']; expected object"),
+        ("device", "gpu", "device is 'gpu'; it is not as described (auto, cpu, cuda or cuda:N"),
+        ("device", "cuda:", "it is not as described (auto, cpu, cuda or cuda:N"),
+        ("results", "", "results is ''; it is not as described (folder"),
+        ("results", "a{b}c", "results is 'a{b}c'; it is not as described (folder"),
+        ("accept_code.plot_sweep", 3, "expected string"),
+        ("figures.accuracy.kind", "galery", "did you mean 'gallery'?"),
+        ("methods.wmdd.augmentation", ["foo"], "augmentation.0 is 'foo'; known are colour, crop"),
+        ("methods.wmdd.external", "", "''"),
+        ("tables.main.ipc", [1, 10, 1], "tables.main.ipc is [1, 10, 1]; name each once"),
+        ("tables.main.ipc", [1, 1.0], "name each once"),
+        ("tables.main.methods", ["wmdd", "wmdd"], "name each once"),
+        ("tables.main.students", ["small", "small"], "name each once"),
+        ("tables.main.recipes", ["soft", "soft"], "name each once"),
+        ("tables.main.datasets", ["digits", "digits"], "name each once"),
+        ("figures.accuracy.ipc", [1, 1], "name each once"),
+        ("figures.accuracy.methods", ["wmdd", "wmdd"], "name each once"),
+        ("page", ["main", "main"], "name each once"),
+        ("datasets.digits.resolution", 100000, "the most allowed is 4096"),
+        ("methods.wmdd.iterations", 1e20, "the most allowed is 10000000"),
+        ("methods.wmdd.iterations", "1e20", "the most allowed is 10000000"),
     ],
 )
 def test_a_wrong_value_is_told_with_its_place_and_what_is_allowed(path, value, told):
@@ -363,6 +384,38 @@ def test_an_entry_that_is_none_is_one_line_not_a_traceback(path, value):
         return
     with pytest.raises(ConfigError, match=r"^methods"):
         prepare(config, SCHEMA)
+
+
+def test_an_unknown_rule_in_accept_code_is_told_with_the_nearest():
+    told = refusal("accept_code", {"plot_sweeps": "0123456789abcdef"})
+    assert told == "accept_code: unknown name 'plot_sweeps'; did you mean 'plot_sweep'?"
+    assert "accept_code: unknown name 3; known are describe_dataset, " in refusal("accept_code", {3: "ab"})
+    prepare(changed("accept_code", {"plot_sweep": "0123456789abcdef"}), SCHEMA)
+
+
+def test_the_schema_knows_all_that_the_code_knows():
+    from wmdd_core.baselines import AUGMENTATIONS
+
+    rules = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("rules/*.smk"))
+    computed = set(re.findall(r'run_script\("(\w+)"', rules))
+    assert set(SCHEMA["properties"]["accept_code"]["propertyNames"]["enum"]) == computed
+    figures = SCHEMA["$defs"]["figure"]["properties"]["kind"]["enum"]
+    assert set(figures) == set(re.findall(r'figures_of_kind\("(\w+)"\)', rules))
+    augmentations = SCHEMA["$defs"]["method"]["properties"]["augmentation"]["items"]["enum"]
+    assert augmentations == list(AUGMENTATIONS)
+
+
+def test_every_integer_has_a_sensible_maximum():
+    """Beyond 2**53 a number stays a float, which no loop and no shape takes."""
+    for kind in (SCHEMA, *(k for k in SCHEMA["$defs"].values() if "properties" in k)):
+        for key, allowed in kind["properties"].items():
+            for number in (allowed, allowed.get("items", {})):
+                assert number.get("type") != "integer" or number["maximum"] < 2**53, key
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
+def test_devices_are_accepted(device):
+    assert prepare(changed("device", device), SCHEMA)["device"] == device
 
 
 # ---- numbers -----------------------------------------------------------------------------------
@@ -432,6 +485,16 @@ def test_a_sweep_is_an_entry_for_each_value():
         "lambda_bn": 10,
         "swept": {"entry": "wmdd_lambda", "key": "lambda_bn", "value": 10},
     }
+
+
+def test_a_sweep_and_one_of_its_members_are_not_both_listed():
+    config = changed("methods.wmdd_lambda", {"like": "wmdd", "sweep": {"lambda_bn": [0.1, 10]}})
+    config["tables"]["main"]["methods"] = ["wmdd", "wmdd_lambda10"]
+    prepare(config, SCHEMA)
+    config["tables"]["main"]["methods"] = ["wmdd_lambda", "wmdd_lambda10"]
+    told = "tables.main.methods: wmdd_lambda10 is one of wmdd_lambda, named too; remove one of them"
+    with pytest.raises(ConfigError, match=told):
+        prepare(config, SCHEMA)
 
 
 def test_like_a_sweep_inherits_its_settings_without_sweeping():
