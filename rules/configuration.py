@@ -62,12 +62,13 @@ def lineage_name(rule: str, wildcards: Mapping) -> str:
 
 
 def prepare(config: dict, schema: dict) -> dict:
-    """Expand `like` and `sweep`, repair numbers that YAML reads as text, and validate.
+    """Expand `like`, `sweep` and the `~` of results, repair numbers that YAML reads as text, and validate.
 
     Raises `ConfigError` at the first fault.
     """
     config = _numbers(copy.deepcopy(config))
     check_block("config", config, schema, schema)
+    config["results"] = os.path.expanduser(config["results"])
     for block in ENTRY_BLOCKS:
         config[block] = expand_entries(block, config.get(block) or {})
         kind = schema["$defs"][schema["properties"][block]["x-entry"]]

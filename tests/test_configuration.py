@@ -418,6 +418,12 @@ def test_devices_are_accepted(device):
     assert prepare(changed("device", device), SCHEMA)["device"] == device
 
 
+def test_the_results_of_a_home_folder_lie_there(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert prepare(changed("results", "~/wmdd"), SCHEMA)["results"] == "/home/someone/wmdd"
+    assert prepare(changed("results", "a~/b"), SCHEMA)["results"] == "a~/b"
+
+
 # ---- numbers -----------------------------------------------------------------------------------
 
 
