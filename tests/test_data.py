@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from wmdd_core.data import (
 )
 from wmdd_core.errors import UserError
 from wmdd_core.layouts import class_count
+from wmdd_core.sources import open_described
 
 
 def make_image(*key: int, size: tuple[int, int] = (10, 8)) -> Image.Image:
@@ -710,8 +712,8 @@ def test_describe(mixed):
         "median": np.quantile(sizes, 0.5, axis=0, method="lower").tolist(),
         "max": np.max(sizes, axis=0).tolist(),
     }
-    assert description["train"] == {"count": 140, "per_class": [70, 70]}
-    assert description["test"] == {"count": 6, "per_class": [3, 3]}
+    assert description["train"] == {"count": 140, "per_class": [70, 70], "listing": source.listing}
+    assert description["test"] == {"count": 6, "per_class": [3, 3], "listing": test.listing}
     assert description["unreadable"] == description["warnings"] == []
     assert json.loads(json.dumps(description)) == description
 
@@ -732,6 +734,60 @@ def test_describe_is_the_same_for_any_number_of_workers(mixed):
     assert json.dumps(parallel) == json.dumps(describe(settings, workers=1))
     assert seen[-1] == (146, 146)
     assert seen == sorted(seen)
+
+
+def exchange(one: Path, other: Path) -> None:
+    held = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(held)
+
+
+CHANGES = {
+    "added": lambda train: save(make_image(7), train / "cat" / "new.png"),
+    "removed": lambda train: (train / "cat" / "003.png").unlink(),
+    "renamed": lambda train: (train / "cat" / "003.png").rename(train / "cat" / "004.png"),
+    "replaced": lambda train: save(make_image(7, size=(11, 8)), train / "cat" / "003.png"),
+    "exchanged": lambda train: exchange(train / "cat" / "003.png", train / "dog" / "001.png"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_images_that_changed_since_they_were_described(cats_and_dogs, change):
+    save(make_image(8, size=(20, 8)), cats_and_dogs / "train" / "cat" / "003.png")
+    settings = folder(cats_and_dogs)
+    description = {**describe(settings), "header": {"settings": settings}}
+    CHANGES[change](cats_and_dogs / "train")
+    with fails(f"root: {cats_and_dogs} has changed since some.json", "`-R some.json`"):
+        open_described(description, "train", "some.json")
+    assert len(open_described(description, "test", "some.json")) == 3
+    assert describe(settings)["train"]["listing"] != description["train"]["listing"]
+
+
+def test_a_drawn_part_notices_a_change_of_the_other(tmp_path):
+    make_folders(tmp_path, {"a": 8, "b": 8})
+    settings = folder(tmp_path)
+    description = {**describe(settings), "header": {"settings": settings}}
+    (tmp_path / open_source(settings, "train").names[0]).write_bytes(b"")
+    with fails("has changed since"):
+        open_described(description, "test", "some.json")
+
+
+def test_a_copy_elsewhere_is_described_alike(cats_and_dogs):
+    copy = shutil.copytree(cats_and_dogs, cats_and_dogs / "copy", copy_function=shutil.copyfile)
+    description = describe(folder(cats_and_dogs))
+    assert describe(folder(copy)) == description
+    settings = folder(cats_and_dogs)
+    described = {**description, "header": {"settings": settings}}
+    assert len(open_described(described, "train", "some.json")) == 7
+    for split in ("train", "test"):  # as described before there were listings, and kept by `accept_code`
+        del described[split]["listing"]
+    assert len(open_described(described, "train", "some.json")) == 7
+
+
+def test_links_to_nowhere_are_listed_and_told_when_read(cats_and_dogs):
+    (cats_and_dogs / "train" / "cat" / "gone.png").symlink_to("nowhere.png")
+    with fails("1 of 11 images", "train/cat/gone.png .*No such file"):
+        describe(folder(cats_and_dogs))
 
 
 def test_describe_keeps_given_mean_and_std(mixed):
@@ -780,6 +836,10 @@ def test_unreadable_images_stop(cats_and_dogs):
         describe(folder(cats_and_dogs))
 
 
+def without_listing(description: dict) -> list[dict]:
+    return [{k: v for k, v in description[s].items() if k != "listing"} for s in ("train", "test")]
+
+
 def test_unreadable_images_are_skipped_and_listed(cats_and_dogs):
     clean = describe(folder(cats_and_dogs))
     spoil(cats_and_dogs)
@@ -789,8 +849,9 @@ def test_unreadable_images_are_skipped_and_listed(cats_and_dogs):
     assert listed == ["train/cat/truncated.jpg", "train/dog/corrupt.png", "train/dog/empty.png"]
     assert all(entry["reason"] for entry in description["unreadable"])
     assert "3 of 13" in description["warnings"][0]
-    for key in ("train", "test", "mean", "std", "sizes"):
+    for key in ("mean", "std", "sizes"):
         assert description[key] == clean[key]
+    assert without_listing(description) == without_listing(clean)
     source = open_source(settings, "train", skip=listed)
     assert len(decode(source, 8)) == len(source) == 7
 

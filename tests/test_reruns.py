@@ -103,7 +103,7 @@ def draw_class(root: Path, name: str, shade: int) -> None:
             Image.fromarray(pixels).save(root / split / name / f"{i}.png")
 
 
-def test_a_new_class_folder_reruns_its_dataset_and_no_other(smoke, tmp_path):
+def test_a_new_class_folder_or_description_reruns_its_dataset_and_no_other(smoke, tmp_path):
     directory, root = Path(shutil.copytree(smoke, tmp_path / "run")), tmp_path / "photos"
     for shade, name in ((40, "dark"), (120, "middle")):
         draw_class(root, name, shade)
@@ -121,6 +121,10 @@ def test_a_new_class_folder_reruns_its_dataset_and_no_other(smoke, tmp_path):
     files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "overlay.yaml")]
     done = run_snakemake(directory, "--cores", "2", "main", *files, preset="")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert count_jobs(done.stdout + done.stderr) == {**of_one_dataset, "tabulate_accuracy": 1}
+
+    forced = ("-R", "results/smoke/photos/description.json")
+    done = run_snakemake(directory, "--dry-run", "main", *forced, *files, preset="")
     assert count_jobs(done.stdout + done.stderr) == {**of_one_dataset, "tabulate_accuracy": 1}
 
     draw_class(root, "light", 220)

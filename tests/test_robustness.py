@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT, fingerprint, run_snakemake, start_snakemake
 from PIL import Image
 
+from wmdd_core.artifacts import read_tensors
 from wmdd_core.progress import Progress
 
 pytestmark = pytest.mark.workflow
@@ -225,6 +226,10 @@ def test_broken_folders_are_told_each_in_one_line_and_others_are_described(tmp_p
     assert description["train"]["count"] + description["test"]["count"] == 7
 
 
+def read_header(path: Path) -> dict:
+    return read_tensors(path, "np")[1]
+
+
 def test_images_of_every_kind_and_names_of_every_alphabet_reach_the_exported_set(tmp_path):
     """Grey, palette, transparent, CMYK, turned, of one pixel; one class has a single image."""
     root, red = tmp_path / "my photos – été", Image.new("RGB", (20, 10), (250, 0, 0))
@@ -256,6 +261,36 @@ def test_images_of_every_kind_and_names_of_every_alphabet_reach_the_exported_set
     assert pixels["single"][:3].max() < 60 and pixels["single"][5:].min() > 195
     description = json.loads((tmp_path / "results/smoke/odd/description.json").read_text())
     assert "class single " in "".join(description["warnings"])
+
+
+def test_images_changed_after_a_run_are_told_and_taken_in_when_asked(tmp_path):
+    """By a job that reads the folder itself, and by the one that decodes it for others."""
+    overlay = photos("kept", draw_classes(tmp_path / "kept"), ", store_train: true")
+    loose = photos("loose", draw_classes(tmp_path / "loose")).splitlines()[0]
+    overlay = overlay.replace("datasets: {", loose.removesuffix("}") + ", ", 1)
+    sets = [f"results/smoke/loose/distilled/random/ipc{n}/images.safetensors" for n in (1, 2)]
+    decoded = "results/smoke/kept/images/train.npy"
+    descriptions = [f"results/smoke/{name}/description.json" for name in ("loose", "kept")]
+    done = run_on_smoke(tmp_path, sets[0], descriptions[1], overlay=overlay)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before = read_header(tmp_path / sets[0])["lineage"]
+
+    for name in ("loose", "kept"):
+        save(tmp_path / name / "a/new.png", Image.new("RGB", (9, 12), (0, 90, 0)))
+    done = run_on_smoke(tmp_path, sets[1], decoded, overlay=overlay)
+    assert done.returncode == 1 and not (tmp_path / sets[1]).exists() and not (tmp_path / decoded).exists()
+    logs = ("select_images/loose/random/ipc2/shard0", "decode_images/kept/train")
+    for log, description in zip(logs, descriptions, strict=True):
+        told = error_of(tmp_path / f"results/smoke/logs/{log}.log")
+        assert f"has changed since {description} was written" in told and f"`-R {description}`" in told
+
+    done = run_on_smoke(tmp_path, *sets, decoded, "-R", *descriptions, overlay=overlay)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lineages = [read_header(tmp_path / path)["lineage"] for path in sets]
+    assert lineages[0]["describe_dataset"] == lineages[1]["describe_dataset"] != before["describe_dataset"]
+    loose, kept = (json.loads((tmp_path / path).read_text()) for path in descriptions)
+    assert loose["train"]["count"] + loose["test"]["count"] == 9
+    assert len(np.load(tmp_path / decoded)) == kept["train"]["count"]
 
 
 # ---- teachers --------------------------------------------------------------------------------

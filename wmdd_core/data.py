@@ -102,11 +102,12 @@ def describe(
 ) -> dict[str, Any]:
     """Read every image of both splits and say what the dataset is, ready for JSON.
 
-    source, classes (in label order), titles, resolution; train and test: count and per_class;
-    mean and std: per channel, in units of [0, 1], of the training images in `centre_view`,
-    summed exactly (std over all pixels, without Bessel's correction) unless `settings` give
-    them; sizes: [height, width] of all images upright, each of the two taken for itself (the
-    median is the lower one); unreadable: file and reason; warnings: lines for the report.
+    source, classes (in label order), titles, resolution; train and test: count, per_class and the
+    source's listing, by which later jobs notice that the images are others; mean and std: per
+    channel, in units of [0, 1], of the training images in `centre_view`, summed exactly (std over
+    all pixels, without Bessel's correction) unless `settings` give them; sizes: [height, width] of
+    all images upright, each of the two taken for itself (the median is the lower one); unreadable:
+    file and reason; warnings: lines for the report.
 
     Raises `UserError` for unreadable images unless `on_unreadable: skip`, for a class without a
     training image, and for one without a test image (see `open_source` for the exception).
@@ -142,8 +143,8 @@ def describe(
         "classes": list(train.classes),
         "titles": list(train.titles),
         "resolution": resolution,
-        "train": {"count": len(train), "per_class": train.per_class().tolist()},
-        "test": {"count": len(test), "per_class": test.per_class().tolist()},
+        "train": _counts(train),
+        "test": _counts(test),
         "mean": measured_mean,
         "std": measured_std,
         "sizes": {
@@ -154,6 +155,10 @@ def describe(
         "unreadable": unreadable,
         "warnings": _warnings(test, unreadable, total),
     }
+
+
+def _counts(source: ImageSource) -> dict[str, Any]:
+    return {"count": len(source), "per_class": source.per_class().tolist(), "listing": source.listing}
 
 
 def _measure(

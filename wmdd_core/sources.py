@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +84,15 @@ class ImageSource:
     """A split of a dataset, ordered by class and within a class by name; can be pickled.
 
     `classes` are unique identifiers in the order of the labels, `titles` their readable names,
-    `labels` (N,) int64 ascending, `names` the file relative to the root, or "split/index".
+    `labels` (N,) int64 ascending, `names` the file relative to the root, or "split/index". `listing` is
+    a digest of the files that were found, before any was drawn or left out; "" for arrays.
     """
 
     classes: tuple[str, ...]
     titles: tuple[str, ...]
     labels: np.ndarray
     names: Sequence[str]
+    listing: str = field(default="", kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -219,6 +223,22 @@ def open_source(settings: Mapping[str, Any], split: str, skip: Collection[str] =
     return source
 
 
+def open_described(description: Mapping[str, Any], split: str, file: str) -> ImageSource:
+    """The images of `split` that `description`, which lies in `file`, tells of.
+
+    Raises `UserError` if the files have changed since.
+    """
+    settings = description["header"]["settings"]
+    source = open_source(settings, split, [entry["file"] for entry in description["unreadable"]])
+    # What `accept_code` keeps may be older than the listing.
+    if source.listing != description[split].get("listing", source.listing):
+        raise UserError(
+            f"root: {settings['root']} has changed since {file} was written; run snakemake again with "
+            f"`-R {file}`, which makes anew all that depends on these images"
+        )
+    return source
+
+
 def _check_every_class(source: ImageSource, split: str, pool: np.ndarray | None) -> None:
     """`pool`: images per class that "test" was drawn from; None where the split is given."""
     absent = source.per_class() == 0
@@ -292,7 +312,20 @@ def _open_files(layout: FolderLayout, source: str, split: str) -> FileSource:
         labels=np.repeat(np.arange(len(files)), [len(found) for found in files]),
         names=PackedNames(name for found in files for name in found),
         root=layout.root,
+        listing=_listing(layout.root, files),
     )
+
+
+def _listing(root: Path, files: Iterable[Iterable[str]]) -> str:
+    """A digest of the files' names and sizes; not of their times, which a copy of the data need not keep."""
+    found = hashlib.sha256()
+    for name in chain.from_iterable(files):
+        try:
+            size = os.stat(f"{root}/{name}").st_size
+        except OSError:  # a link to nowhere, say: reading it tells more
+            size = -1
+        found.update(f"{name}\0{size}\0".encode())
+    return found.hexdigest()[:16]
 
 
 def _open_digits(settings: Mapping[str, Any]) -> ArraySource:

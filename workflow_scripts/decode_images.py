@@ -1,14 +1,12 @@
 """Decode a split once, resized and centre-cropped, into one memory-mapped file of uint8."""
 
 from wmdd_core.data import decode_to
-from wmdd_core.sources import open_source
+from wmdd_core.sources import open_described
 from workflow_scripts.job import Job, run
 
 
 def main(job: Job) -> None:
-    description = job.description()
-    skip = [u["file"] for u in description["unreadable"]]
-    source = open_source(job.settings, job.wildcards["split"], skip)
+    source = open_described(job.description(), job.wildcards["split"], job.input["description"])
     decode_to(job.output["images"], source, job.settings["resolution"], workers=job.threads)
     print(f"{len(source)} images of {job.settings['resolution']} pixels")
 

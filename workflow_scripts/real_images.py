@@ -11,7 +11,7 @@ from torch import Tensor
 from wmdd_core.augmentation import normalise
 from wmdd_core.data import ImageStore
 from wmdd_core.models import Classifier, build_model, load_weights
-from wmdd_core.sources import open_source
+from wmdd_core.sources import open_described
 from wmdd_core.training import Batch, FileCrops, file_batches, real_batches
 from workflow_scripts.job import Job
 
@@ -21,9 +21,8 @@ def open_images(job: Job, description: dict, split: str) -> ImageStore:
     path = job.input.get(split)
     if path:
         return ImageStore.from_array(path, labels_of(description, split))
-    settings = description["header"]["settings"]
-    skip = [u["file"] for u in description["unreadable"]]
-    return ImageStore.from_source(open_source(settings, split, skip), settings["resolution"])
+    source = open_described(description, split, job.input["description"])
+    return ImageStore.from_source(source, description["resolution"])
 
 
 def labels_of(description: dict, split: str) -> np.ndarray:
@@ -52,9 +51,7 @@ def training_batches(
     if job.input.get("train"):
         images, labels = resident(open_images(job, description, "train"), device)
         return real_batches(images, labels, settings["batch_size"], mean, std, names, **chosen)
-    source = open_source(
-        description["header"]["settings"], "train", [u["file"] for u in description["unreadable"]]
-    )
+    source = open_described(description, "train", job.input["description"])
     crops = FileCrops(source, description["resolution"], names, settings["crop_scale_min"], flip)
     return file_batches(crops, settings["batch_size"], mean, std, workers=job.threads, device=device)
 
