@@ -182,6 +182,41 @@ def test_train_may_be_a_class(tmp_path):
     assert open_source(folder(tmp_path), "train").classes == ("bus", "train")
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("Train", "Test"),
+        ("training", "testing"),
+        ("train", "Test"),
+        ("train", "testing"),
+        ("training_set", "test_set"),
+        ("seg_train", "seg_test"),
+        ("TRAIN", "valid2017"),
+    ],
+)
+def test_split_folders_of_another_name(tmp_path, parts):
+    for part in parts:
+        make_folders(tmp_path / part, {"cat": 2, "dog": 2})
+    make_folders(tmp_path, {"more": 1})
+    for settings in (folder(tmp_path), folder(tmp_path, classes=3)):
+        with fails(f"root: {tmp_path} holds .*{parts[1]}", "name them train/ and test/"):
+            open_source(settings, "train")
+
+
+def test_split_folders_of_another_name_with_a_flat_test_part(tmp_path):
+    make_folders(tmp_path / "Train", {"cat": 2, "dog": 2})
+    save(make_image(1), tmp_path / "Test" / "unlabelled.png")
+    with fails("name them train/ and test/"):
+        class_count(folder(tmp_path))
+
+
+def test_classes_of_folders_that_are_no_split(tmp_path):
+    for name in ("trainer", "contest"):
+        make_folders(tmp_path / name, {"2023": 1, "2024": 1})
+    make_folders(tmp_path, {"training shoes": 2, "Dev": 2})
+    assert open_source(folder(tmp_path), "train").classes == ("Dev", "contest", "trainer", "training shoes")
+
+
 def test_root_one_folder_too_high(tmp_path):
     make_folders(tmp_path / "inner" / "train", {"a": 2, "b": 2})
     with fails("did you mean root: .*inner"):

@@ -7,6 +7,7 @@ the data and in every dry run, and must not pay for NumPy there.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -32,6 +33,11 @@ FIXED_SOURCES = ("digits", "cifar10", "cifar100")
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 """Names of the test set's folder beside `train`; the first that holds class folders is taken."""
+
+TRAIN_WORDS = {"train", "training", "trainset"}
+
+TEST_WORDS = {*TEST_FOLDERS, "tests", "testing", "testset", "valset", "dev", "eval", "evaluation"}
+"""Words in the names that others give to the folders of a split, in lower case."""
 
 IMAGE_SUFFIXES = (
     ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
@@ -219,6 +225,16 @@ def _find_image_folder(root: Path) -> FolderLayout:
         raise UserError(
             f"root: {root} has no class folders in {lacking}; expected {EXPECTED_LAYOUT['imagefolder']}"
             + (f"; for a drawn test part set root: {root / 'train'}" if train_classes else "")
+        )
+    trains, others = (
+        [name for name in folders if not words.isdisjoint(re.split(r"[\W\d_]+", name.casefold()))]
+        for words in (TRAIN_WORDS, TEST_WORDS)
+    )
+    # Taken for classes, they would be one class each, with all of theirs mixed.
+    if trains and others and any(class_folders(root / name) for name in trains + others):
+        raise UserError(
+            f"root: {root} holds {_some(trains + others)}, which look like the parts of a split; name them "
+            "train/ and test/, with a folder per class in each"
         )
     if len(folders) == 1 and class_folders(root / folders[0]):
         raise UserError(f"root: {root} holds one folder of folders; did you mean root: {root / folders[0]}?")
