@@ -243,6 +243,13 @@ def test_test_classes_differ(cats_and_dogs):
         open_source(folder(cats_and_dogs), "test")
 
 
+def test_test_classes_differ_in_normalisation(cats_and_dogs):
+    make_folders(cats_and_dogs / "train", {"caf\u00e9": 1})
+    make_folders(cats_and_dogs / "test", {"cafe\u0301": 1})
+    with fails("missing: caf\u00e9; surplus: cafe\u0301; .*normalisation .NFC, NFD.: caf\u00e9"):
+        open_source(folder(cats_and_dogs), "test")
+
+
 def test_loop_of_links(tmp_path):
     make_folders(tmp_path, {"a": 2, "b": 2})
     (tmp_path / "a" / "self").symlink_to(tmp_path / "a" / "self")

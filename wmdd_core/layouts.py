@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-from unicodedata import category
+from unicodedata import category, normalize
 
 from wmdd_core.errors import UserError
 
@@ -326,6 +326,10 @@ def compare_names(found: Sequence[str], expected: Sequence[str]) -> str:
     missing = [name for name in expected if name not in set(found)]
     surplus = [name for name in found if name not in set(expected)]
     parts = [f"missing: {_some(missing)}"] * bool(missing) + [f"surplus: {_some(surplus)}"] * bool(surplus)
+    composed = {normalize("NFC", name) for name in surplus}
+    alike = [name for name in missing if normalize("NFC", name) in composed]
+    if alike:
+        parts.append(f"alike but for Unicode normalisation (NFC, NFD): {_some(alike)}")
     return "; ".join(parts)
 
 
