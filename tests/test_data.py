@@ -760,6 +760,12 @@ def test_describe(mixed):
     assert json.loads(json.dumps(description)) == description
 
 
+def test_describe_of_a_single_class(tmp_path):
+    make_folders(tmp_path, {"only": 4})
+    with fails(f"root: {tmp_path} holds one class, only;", "at least two"):
+        describe(folder(tmp_path))
+
+
 def test_sizes_are_taken_by_height_and_by_width(tmp_path):
     for i, size in enumerate([(9, 20), (30, 10), (12, 14), (11, 16)]):
         save(make_image(i, size=size), tmp_path / "ab"[i % 2] / f"{i}.png")

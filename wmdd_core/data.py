@@ -109,14 +109,19 @@ def describe(
     all images upright, each of the two taken for itself (the median is the lower one); unreadable:
     file and reason; warnings: lines for the report.
 
-    Raises `UserError` for unreadable images unless `on_unreadable: skip`, for a class without a
-    training image, and for one without a test image (see `open_source` for the exception).
+    Raises `UserError` for a single class, for unreadable images unless `on_unreadable: skip`, for a
+    class without a training image, and for one without a test image (see `open_source` for the exception).
     """
     resolution = settings["resolution"]
     if settings.get("on_unreadable", "stop") not in ("stop", "skip"):
         raise UserError(f"on_unreadable: {settings['on_unreadable']!r} is not one of stop, skip")
     mean, std = _given(settings, "mean", 0.0), _given(settings, "std", 1e-6)
     splits = {split: open_source(settings, split) for split in ("train", "test")}
+    classes = splits["train"].classes
+    if len(classes) < 2:
+        raise UserError(
+            f"root: {settings['root']} holds one class, {classes[0]}; at least two classes are needed"
+        )
     total, done = sum(map(len, splits.values())), 0
     sums, sizes, unreadable = np.zeros((2, 3), dtype=np.int64), [], []
     for split, source in splits.items():
