@@ -760,6 +760,34 @@ def test_describe(mixed):
     assert json.loads(json.dumps(description)) == description
 
 
+def test_files_of_other_formats_are_counted(cats_and_dogs):
+    cat, test = cats_and_dogs / "train" / "cat", cats_and_dogs / "test" / "dog" / "deep"
+    test.mkdir()
+    for name in ("a.heic", "b.HEIC", "c.avif", "plain", "x.\udcff", "Thumbs.db", "desktop.ini", "._a.heic"):
+        (cat / name).write_bytes(b"")
+    (test / "d.heic").write_bytes(b"")
+    (cats_and_dogs / "train" / "beside.heic").write_bytes(b"")
+    save(make_image(3), cat / "e.jpe", format="jpeg")
+    description = describe(folder(cats_and_dogs))
+    assert description["train"]["per_class"] == [5, 3]
+    (line,) = description["warnings"]
+    told = "6 files of other formats are left out: 3 .heic, 1 .avif, 1 without a suffix, 1 ."
+    assert line.startswith(told) and line.isascii()
+
+
+def test_files_of_other_formats_are_counted_once_where_the_test_part_is_drawn(tmp_path):
+    make_folders(tmp_path, {"a": 4, "b": 4})
+    (tmp_path / "b" / "x.avif").write_bytes(b"")
+    (tmp_path / "b" / "notes.txt").write_bytes(b"")
+    assert describe(folder(tmp_path))["warnings"] == ["1 files of other formats are left out: 1 .avif"]
+
+
+def test_validation_part_needs_no_test_folder(cats_and_dogs):
+    shutil.rmtree(cats_and_dogs / "test")
+    settings = {**folder(cats_and_dogs, validation_fraction=0.4, classes=2), "source": "imagenet1k"}
+    assert describe(settings)["test"]["per_class"] == [2, 1]
+
+
 def test_describe_of_a_single_class(tmp_path):
     make_folders(tmp_path, {"only": 4})
     with fails(f"root: {tmp_path} holds one class, only;", "at least two"):

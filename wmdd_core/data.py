@@ -6,7 +6,7 @@ import math
 import os
 import re
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -18,7 +18,7 @@ from PIL import Image
 
 from wmdd_core.artifacts import replacing
 from wmdd_core.errors import UserError
-from wmdd_core.layouts import class_count, class_folders, compare_names, image_files
+from wmdd_core.layouts import class_count, class_folders, compare_names, image_files, other_files
 from wmdd_core.sources import FileSource, ImageSource, PackedNames, UnreadableImage, open_source, to_rgb
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def describe(
             "max": sizes[-1].tolist(),
         },
         "unreadable": unreadable,
-        "warnings": _warnings(test, unreadable, total),
+        "warnings": _warnings(test, unreadable, total, other_files(settings)),
     }
 
 
@@ -227,13 +227,19 @@ def _stop_message(unreadable: Sequence[Mapping[str, str]], total: int) -> str:
     )
 
 
-def _warnings(test: ImageSource, unreadable: Sequence[Mapping[str, str]], total: int) -> list[str]:
+def _warnings(
+    test: ImageSource, unreadable: Sequence[Mapping[str, str]], total: int, others: Counter[str]
+) -> list[str]:
     untested = [test.classes[c] for c in np.flatnonzero(test.per_class() == 0)]
     warnings = [
         f"class {name} has one image, kept for training: its accuracy is not measured" for name in untested
     ]
     if unreadable:
         warnings.append(f"{len(unreadable)} of {total} images cannot be read and are left out")
+    if others:
+        # Escaped, as a suffix may hold what no JSON file can.
+        counts = [f"{n} {ascii(s)[1:-1] or 'without a suffix'}" for s, n in others.most_common(10)]
+        warnings.append(f"{others.total()} files of other formats are left out: {', '.join(counts)}")
     return warnings
 
 

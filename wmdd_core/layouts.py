@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -40,8 +41,15 @@ TEST_WORDS = {*TEST_FOLDERS, "tests", "testing", "testset", "valset", "dev", "ev
 """Words in the names that others give to the folders of a split, in lower case."""
 
 IMAGE_SUFFIXES = (
-    ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff",
+    ".webp",
 )  # fmt: skip
+
+BYPRODUCT_SUFFIXES = (
+    ".aae", ".csv", ".db", ".html", ".ini", ".json", ".log", ".md", ".tsv", ".txt", ".xml", ".xmp", ".yaml",
+    ".yml",
+)  # fmt: skip
+"""Of files that lie beside images and are none: nobody misses them."""
 
 EXPECTED_LAYOUT = {
     "imagefolder": "train/<class>/ and test/<class>/ (or val/<class>/) with the same classes, or one "
@@ -172,17 +180,37 @@ def class_folders(folder: Path) -> list[str]:
 
 def image_files(folder: Path) -> list[str]:
     """Image files at any depth below `folder`, as relative paths with /; a link that loops is an error."""
-    found: list[str] = []
+    return [
+        f"{place}{_readable_name(entry)}"
+        for place, entry in _files(folder)
+        if entry.name.lower().endswith(IMAGE_SUFFIXES)
+    ]
+
+
+def other_files(settings: Mapping[str, Any]) -> Counter[str]:
+    """How many files in the class folders have another suffix than images and by-products, by suffix."""
+    if source_name(settings) in FIXED_SOURCES:
+        return Counter()
+    layout = find_layout(settings)
+    tested = layout.test is not None and not settings.get("validation_fraction")
+    parts = [layout.train, layout.test] if tested else [layout.train]
+    folders = [part / name for part in parts for name in class_folders(part)]
+    names = [entry.name.lower() for folder in folders for _, entry in _files(folder)]
+    others = [name for name in names if not name.endswith(IMAGE_SUFFIXES + BYPRODUCT_SUFFIXES)]
+    return Counter(os.path.splitext(name)[1] for name in others)
+
+
+def _files(folder: Path, place: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Files at any depth below `folder`, each behind its place in there ("" or a path that ends in /)."""
     for entry in list_folder(folder):
         try:
             is_folder = entry.is_dir()
         except OSError as error:
             raise UserError(f"{entry.path} cannot be followed ({error.strerror}); remove the link") from error
         if is_folder:
-            found += [f"{entry.name}/{name}" for name in image_files(Path(entry.path))]
-        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-            found.append(_readable_name(entry))
-    return found
+            yield from _files(Path(entry.path), f"{place}{entry.name}/")
+        else:
+            yield place, entry
 
 
 def _readable_name(entry: os.DirEntry[str]) -> str:

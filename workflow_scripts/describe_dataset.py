@@ -13,6 +13,8 @@ def main(job: Job) -> None:
     write_json(job.output["description"], description, header)
     for split in ("train", "test"):
         print(f"{split}: {description[split]['count']} images in {len(description['classes'])} classes")
+    for line in description["warnings"]:
+        print(f"warning: {line}")
 
 
 if __name__ == "__main__":
