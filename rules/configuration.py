@@ -82,6 +82,7 @@ def prepare(config: dict, schema: dict) -> dict:
             check_block(f"{block}.{name}", entry, kind, schema)
             check_conditions(f"{block}.{name}", entry, kind, config["datasets"])
     check_references(config, schema)
+    check_roots(config)
     return config
 
 
@@ -118,6 +119,20 @@ def check_references(config: Mapping, schema: Mapping) -> None:
     for block in ENTRY_BLOCKS:
         for name, entry in config[block].items():
             check(f"{block}.{name}.", entry, schema["$defs"][schema["properties"][block]["x-entry"]])
+
+
+def check_roots(config: Mapping) -> None:
+    """No folder of images holds the results, which would be taken for one more class."""
+    results = os.path.realpath(config["results"])
+    for name, entry in config["datasets"].items():
+        given = entry.get("root")
+        if entry["source"] != "imagefolder" or not given or not isinstance(given, str):
+            continue
+        root = os.path.realpath(os.path.expanduser(given))
+        if os.path.commonpath([root, results]) == root:
+            raise ConfigError(
+                f"results ({config['results']}) lies inside datasets.{name}.root ({given}); put it elsewhere"
+            )
 
 
 def _numbers(value: object) -> object:

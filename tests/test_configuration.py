@@ -115,6 +115,28 @@ def test_every_key_of_the_schema_is_described():
         assert set(kind.get("required", ())) <= kind["properties"].keys()
 
 
+# ---- folders -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("root", [".", "..", "~/photos", "results", "link"])
+def test_results_inside_a_folder_of_images_are_refused(root, tmp_path, monkeypatch):
+    """Also where the way there is a link, or begins at home."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/link").symlink_to(".")
+    monkeypatch.chdir(tmp_path / "photos")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    entry = {"source": "imagefolder", "root": root, "resolution": 8, "teacher": "small"}
+    assert refusal("datasets.own", entry) == (
+        f"results (results) lies inside datasets.own.root ({root}); put it elsewhere"
+    )
+
+
+@pytest.mark.parametrize("root", ["photos", "resul", "results/photos", ""])
+def test_results_beside_or_around_a_folder_of_images_are_accepted(root):
+    entry = {"source": "imagefolder", "root": root, "resolution": 8, "teacher": "small"}
+    prepare(changed("datasets.own", entry), SCHEMA)
+
+
 # ---- unknown keys and names --------------------------------------------------------------------
 
 
