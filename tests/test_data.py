@@ -956,6 +956,19 @@ def test_class_left_without_a_readable_drawn_image(tmp_path):
         describe(settings)
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_broken_image_that_leaves_a_class_without_a_drawn_part_is_named(tmp_path, split):
+    make_folders(tmp_path, {"a": 4, "emu": 2})
+    settings = folder(tmp_path, on_unreadable="skip")
+    broken = open_source(settings, split).names[-1]
+    (tmp_path / broken).write_bytes(b"")
+    with fails(f"no readable {split} image of class emu; delete {broken}, add images"):
+        describe(settings)
+    (tmp_path / broken).unlink()
+    description = describe(settings)
+    assert (description["train"]["per_class"], description["test"]["per_class"]) == ([3, 1], [1, 0])
+
+
 def test_on_unreadable_is_checked(cats_and_dogs):
     with fails("on_unreadable: 'ignore'"):
         describe(folder(cats_and_dogs, on_unreadable="ignore"))

@@ -261,7 +261,7 @@ def _find_image_folder(root: Path) -> FolderLayout:
     # Taken for classes, they would be one class each, with all of theirs mixed.
     if trains and others and any(class_folders(root / name) for name in trains + others):
         raise UserError(
-            f"root: {root} holds {_some(trains + others)}, which look like the parts of a split; name them "
+            f"root: {root} holds {some(trains + others)}, which look like the parts of a split; name them "
             "train/ and test/, with a folder per class in each"
         )
     if len(folders) == 1 and class_folders(root / folders[0]):
@@ -308,7 +308,7 @@ def list_images(layout: FolderLayout, split: str) -> list[list[str]]:
     empty = [name for name, found in zip(layout.classes, files, strict=True) if not found]
     if empty:
         raise UserError(
-            f"no image in {_some([str(folder / name) for name in empty])}; add images "
+            f"no image in {some([str(folder / name) for name in empty])}; add images "
             f"({', '.join(IMAGE_SUFFIXES)}) or remove the class"
         )
     return [
@@ -353,11 +353,11 @@ def compare_names(found: Sequence[str], expected: Sequence[str]) -> str:
     """Says which of the `expected` names are missing and which of the `found` are surplus; "" if none."""
     missing = [name for name in expected if name not in set(found)]
     surplus = [name for name in found if name not in set(expected)]
-    parts = [f"missing: {_some(missing)}"] * bool(missing) + [f"surplus: {_some(surplus)}"] * bool(surplus)
+    parts = [f"missing: {some(missing)}"] * bool(missing) + [f"surplus: {some(surplus)}"] * bool(surplus)
     composed = {normalize("NFC", name) for name in surplus}
     alike = [name for name in missing if normalize("NFC", name) in composed]
     if alike:
-        parts.append(f"alike but for Unicode normalisation (NFC, NFD): {_some(alike)}")
+        parts.append(f"alike but for Unicode normalisation (NFC, NFD): {some(alike)}")
     return "; ".join(parts)
 
 
@@ -379,6 +379,7 @@ def _lines(path: Path) -> list[str]:
         ) from error
 
 
-def _some(names: Sequence[str], limit: int = 10) -> str:
+def some(names: Sequence[str], limit: int = 10) -> str:
+    """The first of `names`, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

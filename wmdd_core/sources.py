@@ -22,6 +22,7 @@ from wmdd_core.layouts import (
     find_layout,
     list_images,
     root_folder,
+    some,
     source_name,
 )
 from wmdd_core.seeding import derive_seed
@@ -216,11 +217,12 @@ def open_source(settings: Mapping[str, Any], split: str, skip: Collection[str] =
         source, pool = _draw(whole, split, validation, settings, "validation")
     else:
         source, pool = _open_published(settings, split)
+    kept = source
     if skip:
         left_out = set(skip)
-        source = source.subset(np.flatnonzero([name not in left_out for name in source.names]))
-    _check_every_class(source, split, pool)
-    return source
+        kept = source.subset(np.flatnonzero([name not in left_out for name in source.names]))
+    _check_every_class(kept, split, pool, source)
+    return kept
 
 
 def open_described(description: Mapping[str, Any], split: str, file: str) -> ImageSource:
@@ -239,16 +241,21 @@ def open_described(description: Mapping[str, Any], split: str, file: str) -> Ima
     return source
 
 
-def _check_every_class(source: ImageSource, split: str, pool: np.ndarray | None) -> None:
+def _check_every_class(
+    source: ImageSource, split: str, pool: np.ndarray | None, unskipped: ImageSource
+) -> None:
     """`pool`: images per class that "test" was drawn from; None where the split is given."""
     absent = source.per_class() == 0
     if split == "test" and pool is not None:
         absent &= pool > 1
     names = [source.classes[c] for c in np.flatnonzero(absent)]
     if names or not len(source):
+        broken = [unskipped.names[i] for i in np.flatnonzero(absent[unskipped.labels])]
+        # A skipped image keeps its place in the draw, so that no other moves; a deleted one has none.
+        helps = f"delete {some(broken)}, " if broken and pool is not None else ""
         raise UserError(
-            f"no readable {split} image of {'class ' + ', '.join(names[:10]) if names else 'any class'}"
-            f"{f' and {len(names) - 10} more' if len(names) > 10 else ''}; add images or remove the class"
+            f"no readable {split} image of {'class ' + some(names) if names else 'any class'}; "
+            f"{helps}add images or remove the class"
         )
 
 
