@@ -163,8 +163,11 @@ def distil_baseline_input(w):
 def distil_baseline_settings(w):
     method, dataset = method_of(w), entry("datasets", w.dataset, w.dataset)
     flip = ["flip"] if dataset.get("flip", True) and method["augmentation"] else []
+    settings = without(method, "label", "network", "swept", "learning_rate_from_ipc_100")
+    if int(w.ipc) >= 100 and "learning_rate_from_ipc_100" in method:
+        settings["learning_rate"] = method["learning_rate_from_ipc_100"]
     return {
-        **without(method, "label", "network", "swept"),
+        **settings,
         "augmentation": [*method["augmentation"], *flip],
         "network": without(entry("students", method["network"], w.dataset), "label"),
         "seed": config["seed"],
@@ -691,7 +694,13 @@ def page_items(page):
 
 
 def page_input(w):
-    return {"parts": [item_file(item["name"]) for item in page_items(w.page)]}
+    names, tables = [item["name"] for item in page_items(w.page)], config["tables"]
+    specs = [tables.get(name) or config["figures"][name] for name in names]
+    datasets = {d for s in specs for d in (tables[s["table"]] if "table" in s else s).get("datasets", [])}
+    return {
+        "parts": [item_file(name) for name in names],
+        "descriptions": [DESCRIPTION.format(dataset=d) for d in config["datasets"] if d in datasets],
+    }
 
 
 def parts_of(page):

@@ -350,12 +350,16 @@ def test_set_terms_are_the_discrepancies_of_each_class_times_its_images(term):
     )
     terms, _ = Objective(TEACHER, shard, settings, SEED, CPU)(images, 7)
     features = TEACHER.features(images)
+
+    def squared_distance(own: torch.Tensor, real: torch.Tensor) -> float:
+        return float(torch.pdist(torch.cat([own, real])).square().mean())
+
     for g, c in enumerate((3, 1)):
         generator = torch_generator(*SEED, "real features", c, 7)
         own, real = features[shard.group == g], real_features(c, 10, generator)
         wanted = {
             "mmd_linear": lambda own, real: mmd_linear(own, real),
-            "mmd_rbf": lambda own, real: mmd_rbf(own, real),
+            "mmd_rbf": lambda own, real: squared_distance(own, real) * mmd_rbf(own, real),
             "sliced_wasserstein": lambda own, real, g=generator: (
                 DIMENSION * sliced_wasserstein(own, real, generator=g, count=128)
             ),

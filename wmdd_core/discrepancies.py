@@ -86,15 +86,24 @@ def mmd_rbf(
     x: (N, D), y: (M, D), weights (N,) and (M,). Returns a scalar without unit, between 0 and 10 up
     to rounding. Memory grows with (N + M)².
     """
-    points = torch.cat([x, y])
-    distances = _squared_distances(points)
+    distances = _squared_distances(torch.cat([x, y]))
     if bandwidth is None:
-        count = len(points)
-        # The floor keeps the kernel at one, and its gradient at zero, where all points coincide.
-        bandwidth = (distances.detach().sum() / (count * (count - 1))).clamp_min(1e-30)
+        bandwidth = _mean_off_diagonal(distances)
     kernel = sum(torch.exp(distances / (-scale * bandwidth)) for scale in RBF_SCALES)
     signed = torch.cat([_masses(weights_x, x), -_masses(weights_y, y)])
     return signed @ kernel @ signed
+
+
+@_in_full_precision
+def mean_squared_distance(x: Tensor, y: Tensor) -> Tensor:
+    """The default bandwidth of `mmd_rbf`, a scalar in squared feature units without a gradient."""
+    return _mean_off_diagonal(_squared_distances(torch.cat([x, y]).detach()))
+
+
+def _mean_off_diagonal(distances: Tensor) -> Tensor:
+    count = len(distances)
+    # The floor keeps the kernel at one, and its gradient at zero, where all points coincide.
+    return (distances.detach().sum() / (count * (count - 1))).clamp_min(1e-30)
 
 
 def random_directions(dimension: int, count: int, generator: torch.Generator) -> Tensor:

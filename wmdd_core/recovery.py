@@ -27,7 +27,7 @@ from torch import Tensor
 
 from wmdd_core.augmentation import Views, apply_views, draw_views
 from wmdd_core.batchnorm import LayerStatistics, Moments, group_moments, record_input_moments
-from wmdd_core.discrepancies import mmd_linear, mmd_rbf, sliced_wasserstein
+from wmdd_core.discrepancies import mean_squared_distance, mmd_linear, mmd_rbf, sliced_wasserstein
 from wmdd_core.errors import UserError
 from wmdd_core.graphs import replayed
 from wmdd_core.memory import small_blocks_apart
@@ -355,7 +355,9 @@ class Objective:
             case "mmd_linear":
                 return count * mmd_linear(own, real)
             case "mmd_rbf":
-                return count * mmd_rbf(own, real)
+                # Without unit, it would lie below the BatchNorm term by the square of the features' scale.
+                bandwidth = mean_squared_distance(own, real)
+                return count * bandwidth * mmd_rbf(own, real, bandwidth=bandwidth)
             case "sliced_wasserstein":
                 # One direction sees 1/D of a squared distance; D makes the scale that of the others.
                 distance = sliced_wasserstein(own, real, generator=generator, count=self.settings.directions)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jinja2
 
-from wmdd_core.artifacts import write_text
+from wmdd_core.artifacts import read_json, write_text
 from wmdd_core.errors import UserError
 from workflow_scripts.job import Job, run
 from workflow_scripts.plain_tables import from_markdown, numeric_columns
@@ -206,6 +206,11 @@ def main(job: Job) -> None:
     text = template.render(
         title=TITLES.get(settings["page"], "WMDD results"),
         items=items,
+        warnings=[
+            f"{description['header']['wildcards']['dataset']}: {warning}"
+            for description in map(read_json, listed(job.input.get("descriptions", [])))
+            for warning in description["warnings"]
+        ],
         config=json.dumps(settings["config"], indent=2, ensure_ascii=False),
         commit=header["commit"],
         versions=header["versions"],

@@ -97,6 +97,12 @@ def line_styles(methods: Iterable[str]) -> dict[str, dict]:
     return styles
 
 
+def class_titles(description: Mapping, classes: Iterable[int]) -> list[str]:
+    """Names of classes as Matplotlib shall print them: a $ would begin a formula."""
+    titles = description.get("titles", description["classes"])
+    return [titles[c].replace("$", r"\$") for c in classes]
+
+
 def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
     """An empty figure of `width` × `height` inches."""
     return Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")

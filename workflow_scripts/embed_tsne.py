@@ -22,7 +22,7 @@ from wmdd_core.progress import Progress
 from wmdd_core.seeding import derive_seed, numpy_generator
 from wmdd_core.training import fit, hard_label_loss, real_batches
 from workflow_scripts.distilled_sets import DistilledSet, embed_images, read_distilled_sets, real_of_class
-from workflow_scripts.drawing import new_figure, save
+from workflow_scripts.drawing import class_titles, new_figure, save
 from workflow_scripts.job import Job, precision, run
 from workflow_scripts.plot_accuracy import names_of
 from workflow_scripts.pretrain_teacher import network_of, schedule_of
@@ -253,9 +253,8 @@ def main(job: Job) -> None:
         shown = drawn_evenly(embedded.real_labels, figure.get("images", REAL_SHOWN), (*names, "shown"))
         maps.append(map_points(embedded, shown, derive_seed(*names, "map")))
         lines.append({"method": own.method, "ipc": int(own.ipc), **summarise(embedded, names)})
-    titles = description.get("titles", description["classes"])
     points = pd.concat(maps)
-    save(draw(points, job.settings["labels"], [titles[c] for c in classes]), job.output)
+    save(draw(points, job.settings["labels"], class_titles(description, classes)), job.output)
     write_text(job.output["csv"], as_csv(pd.DataFrame(lines), "%.6g"))
     write_text(job.output["points"], as_csv(points, "%.4f"))
     for progress in progresses:

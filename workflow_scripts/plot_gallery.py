@@ -15,7 +15,7 @@ from PIL import Image
 
 from wmdd_core.artifacts import read_tensors, write_text
 from wmdd_core.errors import UserError
-from workflow_scripts.drawing import DPI, new_figure, save
+from workflow_scripts.drawing import DPI, class_titles, new_figure, save
 from workflow_scripts.job import Job, run
 from workflow_scripts.real_images import open_images
 from workflow_scripts.tabulate_accuracy import SYMBOLS, check_dataset, check_lineage, check_place, listed
@@ -246,8 +246,7 @@ def main(job: Job) -> None:
     classes, count = shown_classes(figure, description), figure.get("images", IMAGES_SHOWN)
     real = real_block(job, description, classes, count)
     blocks = [distilled_block(p, job, description, classes, count) for p in listed(job.input["images"])]
-    titles = description.get("titles", description["classes"])
-    save(draw(real, blocks, [titles[c] for c in classes]), job.output)
+    save(draw(real, blocks, class_titles(description, classes)), job.output)
     lines = [line for block in [real, *blocks] for line in block.lines]
     write_text(job.output["csv"], pd.DataFrame(lines).to_csv(index=False, lineterminator="\n"))
 
