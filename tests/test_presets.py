@@ -136,6 +136,14 @@ def test_a_dataset_has_one_set_of_settings_whichever_preset_it_runs_under(datase
             assert alone == entry("paper", block, name, dataset), f"{block}.{name}"
 
 
+@pytest.mark.parametrize(("ipc", "rate"), [(99, 1), (100, 10)])
+def test_dm_has_its_published_learning_rate_for_many_images(ipc, rate, tmp_path):
+    shard = f"results/smoke/digits/distilled/dm/ipc{ipc}/shards/shard0.safetensors"
+    done = run_snakemake(tmp_path, "--dry-run", "--printshellcmds", "--", shard)
+    (command,) = re.findall(r"python -m workflow_scripts\.distil_baseline .*", done.stdout + done.stderr)
+    assert re.search(r'"learning_rate":([\d.]+)', command)[1] == str(rate)
+
+
 @pytest.mark.parametrize("preset", [*PAPER, "paper", "own-images"])
 def test_tables_and_figures_show_the_presets_own_datasets(preset):
     own = set(read(f"presets/{preset}.yaml")["datasets"])

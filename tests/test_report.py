@@ -376,6 +376,14 @@ def test_members_of_a_sweep_are_told_apart_by_their_value(tmp_path):
     assert block.title == "λ = 0.1"
 
 
+def test_a_dollar_in_a_class_name_begins_no_formula(tmp_path):
+    job, _ = make_gallery(tmp_path)
+    path = tmp_path / "description.json"
+    path.write_text(path.read_text().replace('"first"', r'"$\\foo$"'), encoding="utf-8")
+    plot_gallery.main(job)
+    assert read_rows(job.output["csv"])[0]["class_name"] == r"$\foo$"
+
+
 def test_gallery_is_the_same_twice(tmp_path):
     job, _ = make_gallery(tmp_path)
     plot_gallery.main(job)
@@ -470,13 +478,20 @@ def page(tmp_path) -> tuple[str, Resources]:
         "laid_over": ["presets/a.yaml", "mine.yaml"],
     }
     parts = [str(tmp_path / n) for n in ("main.csv", "cost.csv", "curve.png")]
-    files = {"template": str(REPORT / "page.html"), "parts": parts}
+    header = make_header("describe_dataset", {"dataset": "imagenette"}, {}, "")
+    write_json(tmp_path / "description.json", {"warnings": ["2 of 9 images < cannot be read"]}, header)
+    descriptions = [str(tmp_path / "description.json")]
+    files = {"template": str(REPORT / "page.html"), "parts": parts, "descriptions": descriptions}
     output = {"page": str(tmp_path / "index.html")}
     build_page.main(make_job("build_page", files, output, settings, page="index"))
     text = (tmp_path / "index.html").read_text()
     resources = Resources()
     resources.feed(text)
     return text, resources
+
+
+def test_page_says_what_the_datasets_descriptions_warn_of(page):
+    assert "imagenette: 2 of 9 images &lt; cannot be read." in page[0]
 
 
 def test_page_needs_no_network_and_no_script(page):
