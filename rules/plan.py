@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rules.configuration import resolve
 from wmdd_core.layouts import class_count
@@ -23,10 +23,16 @@ BACKWARD = 3
 SINGLE_BATCH = 100
 """Images in a forward pass where no setting says how many."""
 
+DECODERS = 8
+"""Processes that decode beside a network that reads its images from files (rules/inputs.smk)."""
+
 
 @dataclass(frozen=True)
 class Cost:
-    """What one job costs: operations, in `steps` steps, on a GPU; or seconds on a core; and bytes kept."""
+    """What one job costs: operations, in `steps` steps, on a GPU; or seconds on a core; and bytes kept.
+
+    With operations the seconds are those of decoding beside them, in `DECODERS` processes.
+    """
 
     operations: float = 0.0
     steps: float = 0.0
@@ -96,6 +102,15 @@ class Planner:
         seconds = self.costs["core"]["image_seconds"] * count
         return Cost(core_seconds=seconds, bytes=count * self.pixels(w["dataset"]))
 
+    def _decoding(self, dataset: str, passes: int) -> float:
+        """Seconds on a core for so many passes over the training images; none where they are kept decoded."""
+        kept = self.entry("datasets", dataset, dataset).get("store_train")
+        return 0.0 if kept else passes * self.images(dataset)[0] * self.costs["core"]["image_seconds"]
+
+    def _training_on_real(self, settings: Mapping, network: Mapping, dataset: str) -> Cost:
+        cost = self._training(settings, network, self.images(dataset)[0], dataset)
+        return replace(cost, core_seconds=self._decoding(dataset, settings["epochs"]))
+
     def _training(self, settings: Mapping, network: Mapping, count: int, dataset: str) -> Cost:
         operations = BACKWARD * settings["epochs"] * count * self.forward(network, dataset)
         return Cost(operations, settings["epochs"] * math.ceil(count / settings["batch_size"]))
@@ -104,17 +119,18 @@ class Planner:
         teacher = self.teacher(w)
         if "epochs" not in teacher:
             return Cost()
-        return self._training(teacher, teacher, self.images(w["dataset"])[0], w["dataset"])
+        return self._training_on_real(teacher, teacher, w["dataset"])
 
     def evaluate_all_real(self, w: Mapping) -> Cost:
         method = self.entry("methods", w["method"], w["dataset"])
         student = self.entry("students", w["student"], w["dataset"])
-        return self._training(method, student, self.images(w["dataset"])[0], w["dataset"])
+        return self._training_on_real(method, student, w["dataset"])
 
     def extract_features(self, w: Mapping) -> Cost:
         teacher, count = self.teacher(w), self.images(w["dataset"])[0]
         kept = count * self.dimension(teacher, w["dataset"]) * 4
-        return Cost(count * self.forward(teacher, w["dataset"]), count / SINGLE_BATCH, bytes=kept)
+        operations, steps = count * self.forward(teacher, w["dataset"]), count / SINGLE_BATCH
+        return Cost(operations, steps, self._decoding(w["dataset"], 1), kept)
 
     def compute_barycenter(self, w: Mapping) -> Cost:
         settings, ipc = self.entry("barycenters", w["barycenter"], w["dataset"]), int(w["ipc"])
@@ -192,8 +208,8 @@ class Total:
             self.unknown += 1
         elif cost.operations:
             seconds = max(cost.operations / gpu["tflops"] / 1e12, cost.steps * gpu["step_seconds"])
-            self.gpu_hours += (start + seconds) / 3600
-            self.instead_hours += (start + cost.operations / core["tflops"] / 1e12) / 3600
+            self.gpu_hours += (start + max(seconds, cost.core_seconds / DECODERS)) / 3600
+            self.instead_hours += (start + cost.operations / core["tflops"] / 1e12 + cost.core_seconds) / 3600
         else:
             self.core_hours += (start + cost.core_seconds) / 3600
         self.gigabytes += cost.bytes / 1e9 if cost else 0
@@ -258,6 +274,8 @@ def _largest(
     """The steps that take most, where there is anything to save."""
     if getattr(whole, key) < 1:
         return None
-    most = sorted(totals, key=lambda place: -getattr(totals[place], key))[:count]
+    most = sorted((p for p in totals if getattr(totals[p], key)), key=lambda p: -getattr(totals[p], key))[
+        :count
+    ]
     told = (f"{rule} of {d} {_number(getattr(totals[rule, d], key))} {unit}" for rule, d in most)
     return f"Most {what}: {', '.join(told)}."

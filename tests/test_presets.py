@@ -214,7 +214,12 @@ def test_costs_of_jobs_written_out():
     assert planner.cost("gather_images", w).bytes == 2 * 100 * pixels
     assert planner.cost("decode_images", {"dataset": "imagenette", "split": "test"}).bytes == 3925 * pixels
     teacher = planner.cost("pretrain_teacher", {"dataset": "imagenette", "teacher": "resnet18"})
-    assert teacher == Cost(3 * 100 * 9469 * forward, 100 * math.ceil(9469 / 32))
+    decoding = 100 * 9469 * COSTS["core"]["image_seconds"]  # the photographs are read in every epoch
+    assert teacher == Cost(3 * 100 * 9469 * forward, 100 * math.ceil(9469 / 32), decoding)
+    kept = Planner(resolved("tiny-imagenet"), COSTS)
+    assert (
+        kept.cost("pretrain_teacher", {"dataset": "tiny-imagenet", "teacher": "resnet18"}).core_seconds == 0
+    )
     assert planner.cost("build_page", {"page": "index"}) == Cost()
 
 
@@ -238,6 +243,12 @@ def test_a_dataset_of_unknown_size_is_told_and_not_guessed():
     jobs = [("pretrain_teacher", {"dataset": "own-images", "teacher": "own_images"}), ("build_page", {})]
     told = summarise(jobs, resolved("own-images"), COSTS)
     assert "+ and 1 jobs more, whose size only reading the data will tell" in told
+
+
+def test_a_network_waits_for_the_eight_processes_that_decode():
+    total = Total()
+    total.add(Cost(operations=1.0, core_seconds=8 * 3600.0), COSTS)
+    assert total.gpu_hours == pytest.approx(1 + COSTS["job_seconds"] / 3600)
 
 
 def test_a_step_takes_no_less_than_its_least_time():

@@ -197,7 +197,8 @@ def render(totals: Mapping[str, int], jobs: Sequence[Planned]) -> str:
         told = "?" if rule in unknown else f"{hours[rule]:.2f}" if left else "-"
         rows.append((rule, *(str(count[s]) for s in STATES), told))
     summed = sum(counts.values(), Counter())
-    rows.append(("all", *(str(summed[s]) for s in STATES), f"{sum(hours.values()):.2f}"))
+    known = f"{sum(hours.values()):.2f}" if hours or not unknown else "?"
+    rows.append(("all", *(str(summed[s]) for s in STATES), known))
     lines = [f"{row[0]:20}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
     with_gpu = sum(h for rule, h in hours.items() if rule in gpu_rules())
     lines += ["", f"{with_gpu:.2f} of the hours left are for a GPU, if the rules that use one have it"]
