@@ -274,8 +274,6 @@ def _largest(
     """The steps that take most, where there is anything to save."""
     if getattr(whole, key) < 1:
         return None
-    most = sorted((p for p in totals if getattr(totals[p], key)), key=lambda p: -getattr(totals[p], key))[
-        :count
-    ]
-    told = (f"{rule} of {d} {_number(getattr(totals[rule, d], key))} {unit}" for rule, d in most)
+    most = sorted(totals, key=lambda place: -getattr(totals[place], key))[:count]
+    told = (f"{r} of {d} {_number(v)} {unit}" for r, d in most if (v := getattr(totals[r, d], key)))
     return f"Most {what}: {', '.join(told)}."
