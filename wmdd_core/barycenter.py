@@ -75,8 +75,8 @@ def wasserstein_barycenter(
     (Camerini, Fratta and Maffioli 1975): the potentials jump from one vertex of the dual to the next, and
     without it the steps zigzag and stall up to 4 % above k-means. An iteration that raises W₂² is never
     accepted, though its weight step may undo a part of what its Newton step gained (refusing that as well
-    ends higher): from the refused weights the next step is tried, since Polyak's steps come nearer to the best weights
-    even where W₂² rises; after `TRIALS` the weights stay. Weights stay at or above
+    ends higher): from the refused weights the next step is tried, since Polyak's steps come nearer to the
+    best weights even where W₂² rises; after `TRIALS` the weights stay. Weights stay at or above
     1 / (n m), since every atom becomes an image. `weights="uniform"` moves the positions alone;
     "kmeans" gives k-means centres with their clusters' shares.
 
