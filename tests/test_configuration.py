@@ -313,10 +313,11 @@ def test_the_schema_knows_what_the_steps_read():
 
     rules = {rule["description"]: rule["then"] for rule in SCHEMA["$defs"]["method"]["allOf"]}
     read_by_rules = {"kind", "label", "swept", "teacher", "barycenter", "batch_size", "batch_layout", "start"}
+    baseline = {"kind", "label", "swept", "network", "augmentation"}
     for kind, settings, beside, fixed in (
         ("recover", RecoverySettings, read_by_rules, {"beta1", "beta2"}),
-        ("dm", DmSettings, {"kind", "label", "swept", "network", "augmentation"}, {"classes_per_batch"}),
-        ("dc", DcSettings, {"kind", "label", "swept", "network", "augmentation"}, {"network_batch"}),
+        ("dm", DmSettings, {*baseline, "learning_rate_from_ipc_100"}, {"classes_per_batch"}),
+        ("dc", DcSettings, baseline, {"network_batch"}),
     ):
         rule = rules[f"kind {kind}"]
         known = {f.name for f in fields(settings)} - fixed - {"strategy"}
