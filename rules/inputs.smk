@@ -834,7 +834,6 @@ def embed_tsne_settings(w):
         "schedule": schedule,
         "student": without(entry("students", needed(w, "student"), dataset), "label"),
         "flip": entry("datasets", dataset, dataset).get("flip", True),
-        "crops_of": crops_of(SimpleNamespace(dataset=dataset)),
         "seed": config["seed"],
     }
 
