@@ -42,9 +42,9 @@ rule evaluate_all_real:
         benchmark_of("evaluate_all_real", "{dataset}/{method}/{student}/seed{seed}")
     wildcard_constraints:
         method=methods_of_kind("real"),
-    threads: decoders
     conda:
         "../envs/wmdd.yaml"
+    threads: decoders
     resources:
         local_gpu=local_gpu,
     params:

@@ -14,9 +14,9 @@ rule extract_features:
         log_of("extract_features", "{dataset}/{teacher}"),
     benchmark:
         benchmark_of("extract_features", "{dataset}/{teacher}")
-    threads: decoders
     conda:
         "../envs/wmdd.yaml"
+    threads: decoders
     resources:
         local_gpu=local_gpu,
     params:

@@ -14,9 +14,9 @@ rule pretrain_teacher:
         log_of("pretrain_teacher", "{dataset}/{teacher}"),
     benchmark:
         benchmark_of("pretrain_teacher", "{dataset}/{teacher}")
-    threads: decoders
     conda:
         "../envs/wmdd.yaml"
+    threads: decoders
     resources:
         local_gpu=local_gpu,
     params:
