@@ -259,33 +259,33 @@ def evaluate_all_real_settings(w):
 # ---- what lies behind a job ------------------------------------------------------------------
 
 
-def steps_before(rule, w):
-    """The steps whose artefacts a job of `rule` reads, as (rule, wildcards that decide on their settings)."""
+def steps_before(step, w):
+    """The steps whose artefacts a job of rule `step` reads, as (rule, wildcards that decide on their settings)."""
     data = {"dataset": w.dataset}
-    if rule in ("describe_dataset", "import_images"):
+    if step in ("describe_dataset", "import_images"):
         return []
-    if rule == "decode_images":
+    if step == "decode_images":
         return [("describe_dataset", data)]
     images = [("decode_images", data)]
-    if rule in ("pretrain_teacher", "distil_baseline", "evaluate_all_real"):
+    if step in ("pretrain_teacher", "distil_baseline", "evaluate_all_real"):
         return images
-    if rule == "extract_features":
+    if step == "extract_features":
         return [("pretrain_teacher", {**data, "teacher": w.teacher})]
-    if rule == "compute_barycenter":
+    if step == "compute_barycenter":
         return [("extract_features", {**data, "teacher": w.teacher})]
     method, teacher, place = method_of(w), {**data, "teacher": teacher_of(w)}, {**data, "method": w.method}
-    if rule == "select_images":
+    if step == "select_images":
         return [*images, ("extract_features", teacher)] if method["selection"] == "kmeans" else images
-    if rule == "recover_images":
+    if step == "recover_images":
         found = [*images, ("extract_features", teacher)]
         if needs_atoms(method):
             found.append(("compute_barycenter", {**teacher, "barycenter": method["barycenter"]}))
         return found
-    if rule == "gather_images":
+    if step == "gather_images":
         kinds = {"recover": "recover_images", "select": "select_images", "external": "import_images"}
         return [(kinds.get(method["kind"], "distil_baseline"), {**place, "ipc": w.ipc})]
     sets, labeller = ("gather_images", {**place, "ipc": w.ipc}), {**data, "teacher": labeller_of(w)}
-    if rule == "relabel_images":
+    if step == "relabel_images":
         return [sets, ("pretrain_teacher", labeller)]
     labels = entry("recipes", w.recipe, w.dataset)["labels"]
     return {
@@ -296,19 +296,19 @@ def steps_before(rule, w):
 
 
 @functools.cache
-def behind(rule, **wildcards):
+def behind(step, **wildcards):
     """A digest of the settings and the code of every step behind a job."""
-    steps = steps_before(rule, SimpleNamespace(**wildcards))
+    steps = steps_before(step, SimpleNamespace(**wildcards))
     return digest([[SETTINGS[r](SimpleNamespace(**w)), code_of(r), behind(r, **w)] for r, w in steps])
 
 
-def behind_of(rule):
-    """The rule's parameter that changes with any step before it.
+def behind_of(step):
+    """A rule's parameter that changes with any step before it.
 
     A job that fails by new settings leaves no output that Snakemake could see to be outdated, and what was
     made of the old one stays as it is: without this, it would count as up to date.
     """
-    return lambda w: behind(rule, **dict(w.items()))
+    return lambda w: behind(step, **dict(w.items()))
 
 
 # ---- report ----------------------------------------------------------------------------------
