@@ -296,7 +296,9 @@ def describe(rows: Sequence[Row], labels: Mapping) -> str:
     text = "Top-1 accuracy (%) on the real test set"
     if counts and counts[-1] > 1:
         span = str(counts[-1]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        text += f", mean ± sample standard deviation over {span} students trained from scratch"
+        text += (
+            f", mean ± sample standard deviation over {span} students trained from scratch on the same images"
+        )
     elif counts:
         text += ", one student trained from scratch for each cell"
     for word, block, key in (("student", "students", "student"), ("recipe", "recipes", "recipe")):
