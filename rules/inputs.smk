@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 from snakemake.utils import update_config
 
+from rules.plan import DECODERS
+
 # ---- data ------------------------------------------------------------------------------------
 
 
@@ -36,7 +38,7 @@ def real_images(w):
 
 def decoders(w):
     """Processes that decode training images beside the network, where they are read from their files."""
-    return 1 if real_images(w) else 8
+    return 1 if real_images(w) else DECODERS
 
 
 def crops_of(w):

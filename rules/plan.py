@@ -24,7 +24,7 @@ SINGLE_BATCH = 100
 """Images in a forward pass where no setting says how many."""
 
 DECODERS = 8
-"""Processes that decode beside a network that reads its images from files (rules/inputs.smk)."""
+"""Processes that decode beside a network that reads its images from files."""
 
 
 @dataclass(frozen=True)
