@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--row", type=int, action="append", help="only this line of a stage, from 0")
     parser.add_argument("--images", metavar="FOLDER", help="a folder of class folders, for features")
     parser.add_argument("--count", type=int, help="images to embed, for features")
+    parser.add_argument("--epochs", type=int, help="for relabel and evaluate")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: that of the size")
@@ -82,6 +83,8 @@ def run_stage(stage: str, given: argparse.Namespace) -> None:
             sizes = {**sizes, "root": str(Path(given.images).expanduser())}
         if stage == "features" and given.count:
             sizes = {**sizes, "images": given.count}
+        if "epochs" in sizes and given.epochs:
+            sizes = {**sizes, "epochs": given.epochs}
         compared.append(
             compare(stage, sizes, device=device, threads=given.threads, repeats=given.repeats, target=target)
         )

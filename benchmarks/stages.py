@@ -380,7 +380,7 @@ def relabel(
     model = teacher(architecture, 10, resolution, side, device)
     written = folder / side
 
-    def ours(views: dict) -> None:
+    def ours(views: dict, epochs: int) -> None:
         from wmdd_core.relabeling import ViewSettings, label_views
         from workflow_scripts.real_images import images_per_pass
 
@@ -398,23 +398,23 @@ def relabel(
         )
         labels.flush()
 
-    def plain(views: dict) -> None:
+    def plain(views: dict, epochs: int) -> None:
         plain_labels(model, files, written, resolution, device, epochs, views)
 
     def check() -> dict[str, np.ndarray]:
-        views = {**NO_VIEWS, "cutmix": False}
+        views, compared = {**NO_VIEWS, "cutmix": False}, min(epochs, 3)  # without views, epochs are alike
         if side == "ours":
-            ours(views)
+            ours(views, compared)
             return {"logits": np.load(written / "labels.npy").astype(np.float32)}
-        plain(views)
-        found = np.empty((epochs, images, 10), np.float32)
+        plain(views, compared)
+        found = np.empty((compared, images, 10), np.float32)
         for path in written.rglob("*.pt"):
             chosen, *_, logits = torch.load(path, weights_only=False)
             found[int(path.parent.name.removeprefix("epoch_")), chosen] = logits.float()
         return {"logits": found}
 
     def run() -> dict[str, float]:
-        {"ours": ours, "plain": plain}[side]({**VIEWS, "cutmix": True})
+        {"ours": ours, "plain": plain}[side]({**VIEWS, "cutmix": True}, epochs)
         sizes = [p.stat().st_size for p in written.rglob("*") if p.is_file()]
         return {"files": len(sizes), "bytes": sum(sizes)}
 
