@@ -16,9 +16,11 @@ from rules.configuration import (
     code_hash,
     count_gpus,
     digest,
+    entry_name,
     prepare,
     prepare_environment,
     resolve,
+    set_name,
     unknown,
 )
 from rules.scheduling import repair_scheduler
@@ -87,6 +89,7 @@ REAL = {"recipe": "own", "ipc": "all"}
 @functools.cache
 def entry(block, name, dataset):
     """The settings of a named entry for one dataset."""
+    name = entry_name(name)
     if name not in config[block]:
         stop(f"{block}: {unknown(name, config[block])}")
     try:
@@ -108,6 +111,12 @@ def method_of(w):
     return entry("methods", w.method, w.dataset)
 
 
+def seed_of(w):
+    """The seed of a method's set: the one seed, and for further sets one derived from it."""
+    _, at, number = w.method.partition("@")
+    return f"{config['seed']}{at}{number}" if at else config["seed"]
+
+
 def teacher_of(w):
     """The teacher that a method recovers from."""
     return method_of(w).get("teacher", entry("datasets", w.dataset, w.dataset)["teacher"])
@@ -119,8 +128,9 @@ def labeller_of(w):
 
 
 def methods_of_kind(*kinds):
-    """A wildcard constraint: the names of the methods of these kinds."""
-    return names(n for n, m in config["methods"].items() if m["kind"] in kinds)
+    """A wildcard constraint: the methods of these kinds, or of any, and their further sets."""
+    chosen = names(n for n, m in config["methods"].items() if not kinds or m["kind"] in kinds)
+    return f"(?:{chosen})(?:@[1-9][0-9]*)?"
 
 
 def names(values):
@@ -270,7 +280,7 @@ wildcard_constraints:
     dataset=names(config["datasets"]),
     teacher=names(config["teachers"]),
     barycenter=names(config["barycenters"]),
-    method=names(config["methods"]),
+    method=methods_of_kind(),
     student=names(config["students"]),
     recipe=names([*config["recipes"], REAL["recipe"]]),
     table=names(config["tables"]),

@@ -61,6 +61,16 @@ def lineage_name(rule: str, wildcards: Mapping) -> str:
     return f"{rule} ({wildcards['teacher']})" if "teacher" in wildcards else rule
 
 
+def set_name(method: str, number: int) -> str:
+    """What paths call the set `number` of a method, from 0: `wmdd`, `wmdd@1`, `wmdd@2`, …"""
+    return f"{method}@{number}" if number else method
+
+
+def entry_name(name: str) -> str:
+    """The entry behind the name of a method's set."""
+    return name.partition("@")[0]
+
+
 def prepare(config: dict, schema: dict) -> dict:
     """Expand `like`, `sweep` and the `~` of results, repair numbers that YAML reads as text, and validate.
 

@@ -140,7 +140,7 @@ def recover_images_settings(w):
             method_of(w), "kind", "label", "teacher", "barycenter", "swept", "batch_size", "batch_layout"
         ),
         "sharding": sharding_of(w),
-        "seed": config["seed"],
+        "seed": seed_of(w),
     }
 
 
@@ -154,7 +154,7 @@ def select_images_input(w):
 
 @settings_for
 def select_images_settings(w):
-    return {**pick(method_of(w), "selection"), "seed": config["seed"]}
+    return {**pick(method_of(w), "selection"), "seed": seed_of(w)}
 
 
 def distil_baseline_input(w):
@@ -172,7 +172,7 @@ def distil_baseline_settings(w):
         **settings,
         "augmentation": [*method["augmentation"], *flip],
         "network": without(entry("students", method["network"], w.dataset), "label"),
-        "seed": config["seed"],
+        "seed": seed_of(w),
     }
 
 
@@ -200,7 +200,7 @@ def view_settings(w):
         "crop_scale_min": recipe.get("crop_scale_min", 0.08),
         "cutmix": recipe.get("cutmix", False),
         "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
-        "seed": config["seed"],
+        "seed": seed_of(w),
     }
 
 
@@ -318,24 +318,30 @@ def behind_of(step):
 
 @functools.cache
 def table_cells(table):
-    """The cells of an accuracy table: wildcards of `evaluate_student`, a list of seeds beside each."""
+    """The sets of an accuracy table: wildcards of `evaluate_student`, the method's entry and a number of seeds.
+
+    The sets of one cell follow each other.
+    """
     spec, cells = config["tables"][table], []
     seeds = spec.get("seeds", config["student_seeds"])
     for dataset in spec["datasets"]:
         settings = resolve_lists(spec, dataset, table)
         for method in expand_methods(settings["methods"]):
-            real = entry("methods", method, dataset)["kind"] == "real"
-            recipes = [REAL["recipe"]] if real else list(settings["recipes"])
-            ipcs = [REAL["ipc"]] if real else settings["ipc"]
-            for recipe, ipc, student in itertools.product(recipes, ipcs, settings["students"]):
+            kind = entry("methods", method, dataset)["kind"]
+            recipes = [REAL["recipe"]] if kind == "real" else list(settings["recipes"])
+            ipcs = [REAL["ipc"]] if kind == "real" else settings["ipc"]
+            sets = 1 if kind in ("real", "external") else spec.get("sets", config.get("distilled_sets", 1))
+            for recipe, ipc, student, number in itertools.product(
+                recipes, ipcs, settings["students"], range(sets)
+            ):
                 place = {
                     "dataset": dataset,
                     "recipe": recipe,
-                    "method": method,
+                    "method": set_name(method, number),
                     "ipc": str(ipc),
                     "student": student,
                 }
-                cells.append({**place, "seeds": seeds})
+                cells.append({**place, "entry": method, "seeds": seeds})
     return cells
 
 
@@ -351,39 +357,26 @@ def evaluations(table):
     return [EVALUATION.format(**cell, seed=s) for cell in table_cells(table) for s in range(cell["seeds"])]
 
 
-def expected_digests(cells):
-    """rule → digests of settings and code that an artefact of these cells may carry in its lineage.
+def expected_digests(jobs):
+    """rule → digests of settings and code that artefacts of these jobs, (rule, wildcards), may have in their lineage.
 
     What a table is made of must have been made by this configuration; anything else is refused.
     """
-    found = {}
-
-    def expect(rule, **wildcards):
-        made = digest([SETTINGS[rule](SimpleNamespace(**wildcards)), code_of(rule)])
-        found.setdefault(lineage_name(rule, wildcards), set()).add(made)
-
-    for cell in cells:
-        w = {k: v for k, v in cell.items() if k != "seeds"}
-        method = entry("methods", w["method"], w["dataset"])
-        kind = method["kind"]
-        for teacher in {labeller_of(SimpleNamespace(**w)), teacher_of(SimpleNamespace(**w))}:
-            expect("pretrain_teacher", **w, teacher=teacher)
-            expect("extract_features", **w, teacher=teacher)
-        if kind == "real":
-            expect("evaluate_all_real", **w)
+    found, seen, left = {}, set(), list(jobs)
+    while left:
+        step, place = left.pop()
+        if (step, *place.items()) in seen:
             continue
-        if method.get("barycenter"):
-            place = {"teacher": teacher_of(SimpleNamespace(**w)), "barycenter": method["barycenter"]}
-            expect("compute_barycenter", **w, **place)
-        if kind == "recover":
-            expect("recover_images", **w)
-        elif kind == "select":
-            expect("select_images", **w)
-        elif kind in ("dm", "dc"):
-            expect("distil_baseline", **w)
-        for step in ("gather_images", "relabel_images", "evaluate_student"):
-            expect(step, **w)
+        seen.add((step, *place.items()))
+        w = SimpleNamespace(**place)
+        found.setdefault(lineage_name(step, place), set()).add(digest([SETTINGS[step](w), code_of(step)]))
+        left += steps_before(step, w)
     return {name: sorted(digests) for name, digests in found.items()}
+
+
+def evaluating(cells):
+    """The jobs, without their seeds, that train the students of these cells."""
+    return [("evaluate_all_real" if c["ipc"] == REAL["ipc"] else "evaluate_student", c) for c in cells]
 
 
 def swept_of(methods):
@@ -408,14 +401,14 @@ def tabulate_accuracy_settings(w):
         "published": content_of("report/published.csv"),
         "title": spec.get("title", w.table),
         "cells": cells,
-        "expected": expected_digests(cells),
+        "expected": expected_digests(evaluating(cells)),
         "labels": {
             "datasets": titles_of({c["dataset"] for c in cells}),
-            "methods": {c["method"]: label_of("methods", c["method"]) for c in cells},
+            "methods": method_labels(c["entry"] for c in cells),
             "students": {c["student"]: label_of("students", c["student"]) for c in cells},
             "recipes": {c["recipe"]: label_of("recipes", c["recipe"]) for c in cells},
         },
-        "swept": swept_of(c["method"] for c in cells),
+        "swept": swept_of(c["entry"] for c in cells),
     }
 
 
@@ -445,7 +438,7 @@ def plot_accuracy_settings(w):
 
 @settings_for
 def plot_sweep_settings(w):
-    methods = (c["method"] for c in table_cells(figure_of(w)["table"]))
+    methods = (c["entry"] for c in table_cells(figure_of(w)["table"]))
     return {**plot_accuracy_settings(w), "swept": swept_of(methods)}
 
 
@@ -625,7 +618,7 @@ def tabulate_cost_settings(w):
         "cells": [{**cell, "benchmarks": cost_benchmarks(cell, recipes["soft"])} for cell in cells],
         "recipes": recipes,
         "expected": {
-            labels: expected_digests([{**cell, "recipe": recipe} for cell in cells])
+            labels: expected_digests(evaluating({**cell, "recipe": recipe} for cell in cells))
             for labels, recipe in recipes.items()
         },
         "labels": {
@@ -759,10 +752,9 @@ def figure_sets(w):
 
 def expected_sets(w, recipe=None):
     """As `expected_digests`, for the sets of a figure, and their labels if there is a recipe."""
-    any_recipe, student = next(iter(config["recipes"])), next(iter(config["students"]))
-    cells = [{**s, "recipe": recipe or any_recipe, "student": student} for s in figure_sets(w)]
-    found = without(expected_digests(cells), "evaluate_student")
-    return found if recipe else without(found, "relabel_images")
+    if not recipe:
+        return expected_digests(("gather_images", place) for place in figure_sets(w))
+    return expected_digests(("relabel_images", {**place, "recipe": recipe}) for place in figure_sets(w))
 
 
 def method_labels(methods):
@@ -852,10 +844,7 @@ def trace_barycenters_settings(w):
     return {
         "figure": {"ipc": needed(w, "ipc"), **pick(figure_of(w), "classes", "iterations")},
         "barycenters": {b: entry("barycenters", b, dataset) for b in needed(w, "barycenters")},
-        "expected": {
-            lineage_name(rule, place): [digest([SETTINGS[rule](SimpleNamespace(**place)), code_of(rule)])]
-            for rule in ("pretrain_teacher", "extract_features")
-        },
+        "expected": expected_digests([("extract_features", place)]),
         "dataset": dataset,
         "seed": config["seed"],
     }

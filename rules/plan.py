@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from rules.configuration import resolve
+from rules.configuration import entry_name, resolve
 from wmdd_core.layouts import class_count
 from wmdd_core.sharding import shard_members
 
@@ -47,7 +47,7 @@ class Planner:
         self.config, self.costs = config, costs
 
     def entry(self, block: str, name: str, dataset: str) -> dict:
-        return resolve(self.config[block][name], dataset, f"{block}.{name}")
+        return resolve(self.config[block][entry_name(name)], dataset, f"{block}.{name}")
 
     def images(self, dataset: str) -> tuple[int, int] | None:
         """Training and test images, or None where the data must be read to know."""

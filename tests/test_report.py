@@ -41,7 +41,7 @@ def make_cell(
     dataset="imagenette", method="wmdd", ipc="10", student="resnet18", recipe="wmdd", seeds=3
 ) -> dict:
     place = {"dataset": dataset, "recipe": recipe, "method": method, "ipc": ipc, "student": student}
-    return {**place, "seeds": seeds}
+    return {**place, "entry": method.partition("@")[0], "seeds": seeds}
 
 
 class Results:
@@ -106,6 +106,47 @@ def test_mean_and_deviation_over_seeds(tmp_path):
     assert float(row["top1_sd"]) == pytest.approx(statistics.stdev(values), abs=1e-4)
     assert float(row["top5_mean"]) == pytest.approx(statistics.mean(values) + 20, abs=1e-4)
     assert (row["n_seeds"], row["labels"]) == ("3", "soft")
+
+
+def test_of_several_sets_the_deviation_is_over_sets_each_by_the_mean_of_its_students(tmp_path):
+    cells = [make_cell(method=m, seeds=2) for m in ("wmdd", "wmdd@1", "wmdd@2", "sre2l")]
+    results = Results(tmp_path, cells)
+    accuracies = [(61.0, 63.0), (70.0, 72.0), (65.0, 65.5)]
+    for cell, pair in zip(cells, accuracies, strict=False):
+        for seed, top1 in enumerate(pair):
+            results.write(cell, seed, top1=top1)
+    output = results.tabulate()
+    row, other = read_rows(output["csv"])
+    means = [statistics.mean(pair) for pair in accuracies]
+    assert (row["method"], row["n_sets"], row["n_seeds"]) == ("wmdd", "3", "6")
+    assert float(row["top1_mean"]) == pytest.approx(statistics.mean(means), abs=1e-4)
+    assert float(row["top1_sd"]) == pytest.approx(statistics.stdev(means), abs=1e-4)
+    assert row["published_top1"] == "64.8"
+    assert (other["method"], other["n_sets"], other["n_seeds"]) == ("sre2l", "1", "2")
+    assert float(other["top1_sd"]) == pytest.approx(statistics.stdev([TOP1[0], TOP1[1]]), abs=1e-4)
+    text = output["md"].read_text()
+    assert "over 3 sets of images made with different seeds, each by the mean of 2 students" in text
+    assert "of a single set, over its students" in text
+
+
+def test_of_a_lost_set_nothing_is_counted(tmp_path):
+    cells = [make_cell(method=m, seeds=2) for m in ("wmdd", "wmdd@1", "wmdd@2")]
+    results = Results(tmp_path, cells)
+    for seed in range(2):
+        results.path(cells[1], seed).unlink()
+        results.write(cells[2], seed, top1=80.0)
+    (row,) = read_rows(results.tabulate()["csv"])
+    assert (row["n_sets"], row["n_seeds"]) == ("2", "4")
+    means = [statistics.mean([TOP1[0], TOP1[1]]), 80.0]
+    assert float(row["top1_mean"]) == pytest.approx(statistics.mean(means), abs=1e-4)
+
+
+def test_another_set_in_the_place_of_one_is_refused(tmp_path):
+    cells = [make_cell(), make_cell(method="wmdd@1")]
+    results = Results(tmp_path, cells)
+    results.path(cells[1], 0).write_bytes(results.path(cells[0], 0).read_bytes())
+    with pytest.raises(UserError, match="made for method 'wmdd', not 'wmdd@1'"):
+        results.tabulate()
 
 
 def test_published_figure_is_joined_by_dataset_method_size_student_and_recipe(tmp_path):
@@ -208,7 +249,7 @@ def test_file_that_is_no_evaluation_is_refused_by_name(tmp_path, content):
 
 def row_of(method="wmdd", ipc="10", **more) -> dict:
     row = dict.fromkeys(tabulate_accuracy.COLUMNS, "") | make_cell(method=method, ipc=ipc)
-    del row["seeds"]
+    del row["seeds"], row["entry"]
     return {**row, "n_seeds": "1", "top1_mean": "50.0000", **more}
 
 

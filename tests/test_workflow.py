@@ -108,6 +108,33 @@ def test_online_labels_train_the_same_student_and_store_nothing(smoke, tmp_path)
     assert online["train_loss"] == pytest.approx(stored["train_loss"], rel=1e-3)
 
 
+def test_further_sets_have_seeds_of_their_own_and_leave_the_first_as_it_is(smoke, tmp_path):
+    directory = Path(shutil.copytree(smoke, tmp_path / "run"))
+    (tmp_path / "overlay.yaml").write_text(
+        "tables: {main: {methods: [all_real, random, wmdd], ipc: [1], sets: 2}}", encoding="utf-8"
+    )
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "overlay.yaml")]
+    done = run_snakemake(directory, "--cores", "2", "main", *files)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = directory / "results/smoke"
+    for method in ("random", "wmdd"):
+        files = [
+            f"{kind}/{method}{{}}/{rest}"
+            for kind, rest in (
+                ("distilled", "ipc1/images.safetensors"),
+                ("labels/wmdd", "ipc1/labels.npy"),
+                ("evaluation/wmdd", "ipc1/convnet/seed0.json"),
+            )
+        ]
+        for file in files:
+            first, second = (results / "digits" / file.format(number) for number in ("", "@1"))
+            assert first.read_bytes() == (smoke / first.relative_to(directory)).read_bytes()
+            assert first.read_bytes() != second.read_bytes()
+    rows = list(csv.DictReader((results / "report/tables/main.csv").open(encoding="utf-8")))
+    found = {(r["method"], r["n_sets"], r["n_seeds"]) for r in rows}
+    assert found == {("all_real", "1", "2"), ("random", "2", "4"), ("wmdd", "2", "4")}
+
+
 def test_the_engines_own_report_needs_no_number_of_cores(smoke, tmp_path):
     own = Path(shutil.copytree(smoke, tmp_path / "own"))
     done = run_snakemake(own, "--report", str(tmp_path / "report.zip"))

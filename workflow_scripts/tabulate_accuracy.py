@@ -1,4 +1,4 @@
-"""Accuracy tables: mean and deviation over student seeds, cell by cell, beside the published figures.
+"""Accuracy tables: mean and deviation over students or sets, cell by cell, beside the published figures.
 
 A table is made of evaluations of this configuration and of nothing else: an artefact of another cell,
 of other settings, code or data is refused by its file name.
@@ -6,8 +6,10 @@ of other settings, code or data is refused by its file name.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ COLUMNS = (
     "student",
     "recipe",
     "labels",
+    "n_sets",
     "n_seeds",
     "top1_mean",
     "top1_sd",
@@ -38,7 +41,6 @@ PLACE = ("dataset", "recipe", "method", "ipc", "student")
 DATASET_RULE = "describe_dataset"
 FOUND_RULES = (DATASET_RULE, "import_images")
 """Rules whose digests cover what they found on the disk, which no configuration can foretell."""
-"""Its digest holds what was found in the data, which no configuration can foretell."""
 
 MISSING = "–"
 ALL = "all"
@@ -114,7 +116,7 @@ def read_evaluation(path: str) -> dict | None:
 
 
 def read_cells(paths: Sequence[str], cells: Sequence[Mapping], expected: Mapping) -> list[list[dict]]:
-    """The checked evaluations of each cell; `paths` holds them cell by cell and seed by seed."""
+    """The checked evaluations of each set of `cells`; `paths` holds them set by set and seed by seed."""
     paths, first, found = iter(paths), {}, []
     for cell in cells:
         found.append([])
@@ -150,17 +152,39 @@ def read_published(path: str) -> dict[tuple[str, ...], Row]:
 # ---- the table -------------------------------------------------------------------------------
 
 
-def summarise(cell: Mapping, evaluations: Sequence[Mapping], published: Mapping) -> Row:
-    """One line: mean and sample deviation over seeds; empty, never zero, where there is no evaluation."""
-    row = dict.fromkeys(COLUMNS, "") | {k: cell[k] for k in PLACE}
+def merge_sets(
+    cells: Sequence[Mapping], evaluations: Sequence[list[dict]]
+) -> Iterable[tuple[dict[str, str], list[list[dict]]]]:
+    """The place of each line of the table, with the evaluations of each of its sets.
+
+    A cell names its set (`wmdd@1`) and the method's entry (`wmdd`); the sets of one line follow each other.
+    """
+
+    def place(pair: tuple[Mapping, list[dict]]) -> dict[str, str]:
+        return {k: pair[0]["entry" if k == "method" else k] for k in PLACE}
+
+    for line, pairs in itertools.groupby(zip(cells, evaluations, strict=True), place):
+        yield line, [found for _, found in pairs]
+
+
+def summarise(place: Mapping[str, str], sets: Sequence[Sequence[Mapping]], published: Mapping) -> Row:
+    """One line: mean and sample deviation; empty, never zero, where there is no evaluation.
+
+    Over the students of a single set; of several, over the sets, each by the mean of its students.
+    """
+    row = dict.fromkeys(COLUMNS, "") | dict(place)
+    several, sets = len(sets) > 1, [found for found in sets if found]
+    evaluations = [e for found in sets for e in found]
     row["labels"] = "/".join(dict.fromkeys(e["labels"] for e in evaluations))
-    row["n_seeds"] = str(len(evaluations))
+    row["n_sets"], row["n_seeds"] = str(len(sets)), str(len(evaluations))
     for key in ("top1", "top5"):
-        if evaluations:
-            mean, sd = mean_and_sd([e[key] for e in evaluations])
+        values = [[e[key] for e in found] for found in sets]
+        values = [statistics.fmean(v) for v in values] if several else list(itertools.chain(*values))
+        if values:
+            mean, sd = mean_and_sd(values)
             row[f"{key}_mean"] = f"{mean:.4f}"
             row[f"{key}_sd"] = "" if sd is None else f"{sd:.4f}"
-    figure = published.get(tuple(cell[k] for k in PLACE))
+    figure = published.get(tuple(place[k] for k in PLACE))
     if figure:
         row["published_top1"], row["published_source"] = figure["top1"], figure["source"]
     return row
@@ -292,15 +316,7 @@ def cell_text(row: Row | None) -> str:
 def describe(rows: Sequence[Row], labels: Mapping) -> str:
     """What the numbers are, as a sentence or two under the table."""
     distilled = [r for r in rows if r["ipc"] != ALL]
-    counts = sorted({int(r["n_seeds"]) for r in rows if r["n_seeds"] != "0"})
-    text = "Top-1 accuracy (%) on the real test set"
-    if counts and counts[-1] > 1:
-        span = str(counts[-1]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        text += (
-            f", mean ± sample standard deviation over {span} students trained from scratch on the same images"
-        )
-    elif counts:
-        text += ", one student trained from scratch for each cell"
+    text = "Top-1 accuracy (%) on the real test set" + deviations(rows)
     for word, block, key in (("student", "students", "student"), ("recipe", "recipes", "recipe")):
         names = list(dict.fromkeys(r[key] for r in distilled))
         if len(names) == 1:
@@ -317,6 +333,30 @@ def describe(rows: Sequence[Row], labels: Mapping) -> str:
     if sources:
         text += f" In parentheses: the published figure ({', '.join(sources)})."
     return text
+
+
+def deviations(rows: Sequence[Row]) -> str:
+    """What the mean and the deviation of the cells are taken over."""
+    filled = [r for r in rows if r["n_seeds"] != "0"]
+    several = [r for r in filled if int(r["n_sets"]) > 1]
+    if not filled:
+        return ""
+    students = _span(int(r["n_seeds"]) / int(r["n_sets"]) for r in several or filled)
+    over = ", mean ± sample standard deviation over"
+    if not several and students == "1":
+        return ", one student trained from scratch for each cell"
+    if not several:
+        return f"{over} {students} students trained from scratch on the same images"
+    sets = _span(int(r["n_sets"]) for r in several)
+    each = "with one student" if students == "1" else f"by the mean of {students} students"
+    rest = "; of a single set, over its students" if several != filled else ""
+    return f"{over} {sets} sets of images made with different seeds, each {each} trained from scratch{rest}"
+
+
+def _span(numbers: Iterable[float]) -> str:
+    """ "3", or "2 to 3"."""
+    found = sorted(set(numbers))
+    return f"{found[0]:g}" if len(found) == 1 else f"{found[0]:g} to {found[-1]:g}"
 
 
 def provenance(evaluations: Sequence[Mapping]) -> str:
@@ -419,7 +459,7 @@ def main(job: Job) -> None:
     cells, labels = settings["cells"], settings["labels"]
     evaluations = read_cells(listed(job.input["evaluations"]), cells, settings["expected"])
     published = read_published(PUBLISHED)
-    rows = [summarise(cell, found, published) for cell, found in zip(cells, evaluations, strict=True)]
+    rows = [summarise(place, sets, published) for place, sets in merge_sets(cells, evaluations)]
 
     table = pivot(rows, labels, settings["swept"])
     notes = (describe(rows, labels), provenance([e for found in evaluations for e in found]))
