@@ -46,6 +46,17 @@ def crops_of(w):
     return "centres" if real_images(w) else "files"
 
 
+def file_given(path):
+    """A file of the user's as an input, so that another one of its name counts; folders are not looked into."""
+    path = os.path.expanduser(path)
+    return path if os.path.isfile(path) else []
+
+
+def weights_given(w):
+    """The file that a teacher is loaded from, where there is one."""
+    return file_given(entry("teachers", w.teacher, w.dataset).get("weights", ""))
+
+
 @settings_for
 def pretrain_teacher_settings(w):
     return {
@@ -174,6 +185,11 @@ def distil_baseline_settings(w):
         "network": without(entry("students", method["network"], w.dataset), "label"),
         "seed": seed_of(w),
     }
+
+
+def external_given(w):
+    """The file of a set made elsewhere, unless it is a folder."""
+    return file_given(method_of(w)["external"].replace("{ipc}", w.ipc))
 
 
 @settings_for
@@ -458,7 +474,7 @@ def plot_gallery_settings(w):
         "figure": figure_of(w),
         "labels": appearance(),
         "swept": swept_of(expand_methods(figure_of(w)["methods"])),
-        "expected": expected_sets(w),
+        "expected": expected_digests(making_sets(w)),
     }
 
 
@@ -587,7 +603,7 @@ def tabulate_cost_input(w):
 
 
 def cost_benchmarks(cell, recipe):
-    """step → (pattern of its benchmark files, how many there must be).
+    """step → its benchmark files.
 
     Benchmark files are no inputs: one that was lost is shown as missing, and costs no job its rerun.
     """
@@ -596,18 +612,18 @@ def cost_benchmarks(cell, recipe):
     maker = {"recover": "recover_images", "select": "select_images"}.get(method["kind"], "distil_baseline")
     folder = f"{cell['method']}/ipc{cell['ipc']}"
     found = {
-        "recovery": (f"{maker}/{cell['dataset']}/{folder}/shard*", len(shards_of(place))),
-        "relabel": (f"relabel_images/{cell['dataset']}/{recipe}/{folder}", 1),
-        "training": (
-            f"evaluate_student/{cell['dataset']}/{recipe}/{folder}/{cell['student']}/seed*",
-            cell["seeds"],
-        ),
+        "recovery": [f"{maker}/{cell['dataset']}/{folder}/shard{s}" for s in shards_of(place)],
+        "relabel": [f"relabel_images/{cell['dataset']}/{recipe}/{folder}"],
+        "training": [
+            f"evaluate_student/{cell['dataset']}/{recipe}/{folder}/{cell['student']}/seed{s}"
+            for s in range(cell["seeds"])
+        ],
     }
     if needs_atoms(method):
-        blocks = {block_of(c, cell["dataset"]) for c in range(class_total(cell["dataset"]))}
-        part = f"{cell['dataset']}/{place.teacher}/{method['barycenter']}/ipc{cell['ipc']}/class*"
-        found["barycenters"] = (f"compute_barycenter/{part}", len(blocks))
-    return {step: (f"{BENCHMARKS}/{path}.tsv", count) for step, (path, count) in found.items()}
+        blocks = dict.fromkeys(block_of(c, cell["dataset"]) for c in range(class_total(cell["dataset"])))
+        part = f"{cell['dataset']}/{place.teacher}/{method['barycenter']}/ipc{cell['ipc']}"
+        found["barycenters"] = [f"compute_barycenter/{part}/class{b}" for b in blocks]
+    return {step: [f"{BENCHMARKS}/{path}.tsv" for path in paths] for step, paths in found.items()}
 
 
 @settings_for
@@ -750,11 +766,11 @@ def figure_sets(w):
     return [{"dataset": dataset, "method": m, "ipc": str(i)} for i in needed(w, "ipc") for m in methods]
 
 
-def expected_sets(w, recipe=None):
-    """As `expected_digests`, for the sets of a figure, and their labels if there is a recipe."""
+def making_sets(w, recipe=None):
+    """The jobs, (rule, wildcards), that make the sets of a figure, and their labels if there is a recipe."""
     if not recipe:
-        return expected_digests(("gather_images", place) for place in figure_sets(w))
-    return expected_digests(("relabel_images", {**place, "recipe": recipe}) for place in figure_sets(w))
+        return [("gather_images", place) for place in figure_sets(w)]
+    return [("relabel_images", {**place, "recipe": recipe}) for place in figure_sets(w)]
 
 
 def method_labels(methods):
@@ -792,15 +808,19 @@ def measure_distances_input(w):
 @settings_for
 def measure_distances_settings(w):
     dataset, figure = single(w, "datasets"), figure_of(w)
-    settings = {"labels": method_labels(s["method"] for s in figure_sets(w))}
-    if "student" not in figure:
-        return {**settings, "expected": expected_sets(w)}
-    place = SimpleNamespace(dataset=dataset, recipe=needed(w, "recipe"), student=figure["student"])
-    return {
-        **settings,
-        "expected": expected_sets(w, place.recipe),
-        **evaluate_student_settings(place),
+    teacher = labeller_of(SimpleNamespace(dataset=dataset))
+    measured_by = ("extract_features", {"dataset": dataset, "teacher": teacher})
+    recipe = needed(w, "recipe") if "student" in figure else None
+    settings = {
+        "labels": method_labels(s["method"] for s in figure_sets(w)),
+        "expected": expected_digests([measured_by, *making_sets(w, recipe)]),
     }
+    if not recipe:
+        return settings
+    place = SimpleNamespace(
+        **figure_sets(w)[0], recipe=recipe, student=figure["student"]
+    )  # alike for all sets
+    return {**settings, **evaluate_student_settings(place)}
 
 
 def embed_tsne_input(w):
@@ -824,7 +844,7 @@ def embed_tsne_settings(w):
     return {
         "figure": pick(figure, "classes", "images"),
         "labels": method_labels(s["method"] for s in figure_sets(w)),
-        "expected": expected_sets(w),
+        "expected": expected_digests(making_sets(w)),
         "schedule": schedule,
         "student": without(entry("students", needed(w, "student"), dataset), "label"),
         "flip": entry("datasets", dataset, dataset).get("flip", True),

@@ -6,6 +6,7 @@ rule pretrain_teacher:
         description=DESCRIPTION,
         train=real_images,
         test=IMAGES.replace("{split}", "test"),
+        weights=weights_given,
     output:
         checkpoint=TEACHER,
         metrics=TEACHER_METRICS,

@@ -91,6 +91,7 @@ rule distil_baseline:
 rule import_images:
     input:
         description=DESCRIPTION,
+        external=external_given,
     output:
         shard=SHARD,
     log:

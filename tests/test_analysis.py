@@ -374,6 +374,13 @@ def test_summary_compares_a_class_with_as_many_random_real_ones():
     assert found[0]["between"] == pytest.approx(np.linalg.norm(real[0] - real[40]))
 
 
+def test_a_class_with_too_few_real_images_has_no_coverage_but_a_place_on_the_map():
+    real, labels = RNG.normal(size=(45, 3)), np.repeat([0, 1], [40, 5])
+    embedded = embed_tsne.Embedded("m", real, labels, real[[0, 1, 40, 41]], np.repeat([0, 1], 2))
+    found = embed_tsne.summarise(embedded, (0,))
+    assert np.isnan(found["coverage"]) and np.isnan(found["coverage_random"]) and found["within"] > 0
+
+
 def test_more_classes_than_colours_are_refused():
     assert embed_tsne.shown_classes({}, 1000) == list(range(10))
     with pytest.raises(UserError, match="11 are too many"):

@@ -335,6 +335,9 @@ def test_the_schema_knows_what_the_steps_read():
         ("seed", -1, "seed is -1; the least allowed is 0"),
         ("seed", True, "seed is True; expected integer"),
         ("student_seeds", 0, "the least allowed is 1"),
+        ("distilled_sets", 0, "the least allowed is 1"),
+        ("tables.main.sets", 0, "the least allowed is 1"),
+        ("recipes.soft.smoothing", 0.5, "the least allowed is 1"),  # the rate would rise again
         ("methods.wmdd.lambda_bn", -0.5, "methods.wmdd.lambda_bn is -0.5; the least allowed is 0"),
         ("methods.wmdd.lambda_bn", "much", "expected number"),
         ("methods.wmdd.lambda_bn", float("nan"), "expected a finite number"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -284,10 +286,10 @@ def test_names_with_spaces_and_other_alphabets(tmp_path):
     assert json.loads(json.dumps(description)) == description
 
 
-@pytest.mark.parametrize("name", [b"a/\xff.png", b"a/two\nlines.png", b"\xfe"])
+@pytest.mark.parametrize("name", [b"a/\xff.png", b"a/two\nlines.png", b"a/\xfd", b"\xfe"])
 def test_names_that_no_page_can_show(tmp_path, name):
-    make_folders(tmp_path, {"a": 2, "b": 2})
-    old = tmp_path / "a" / "000.png" if b"/" in name else tmp_path / "a"
+    make_folders(tmp_path, {"a": 2, "a/deep": 1, "b": 2})
+    old = {b"a/\xfd": tmp_path / "a" / "deep", b"\xfe": tmp_path / "a"}.get(name, tmp_path / "a" / "000.png")
     os.rename(os.fsencode(old), os.fsencode(tmp_path) + b"/" + name)
     with fails("not plain text", "rename it"):
         open_source(folder(tmp_path), "train")
@@ -480,6 +482,43 @@ def test_failed_download_says_where_to_put_the_files(tmp_path, monkeypatch, name
     monkeypatch.setattr(imagenette, "download_and_extract_archive", no_network)
     with fails(f"download of {name} to ", "no route to host", "https://"):
         open_source({"source": name, "root": str(tmp_path / "new"), "download": True}, "train")
+
+
+def _download_slowly(name: str, root: Path, record: Path) -> None:
+    """Open a source in a process of its own, whose archive takes a while to unpack."""
+    from torchvision.datasets import cifar, imagenette
+
+    def unpack(_url, folder, *_, **__):
+        with open(record, "a") as file:
+            file.write("begun ")
+        time.sleep(0.5)
+        if name == "cifar10":
+            shutil.copytree(root.parent / "published", Path(folder) / "cifar-10-batches-py")
+        else:
+            for split in ("train", "val"):
+                for c, wnid in enumerate(imagenette.Imagenette._WNID_TO_CLASS):
+                    save(make_image(c), Path(folder) / "imagenette2" / split / wnid / "x.JPEG")
+
+    for module in (cifar, imagenette):
+        module.download_and_extract_archive = unpack
+    assert len(open_source({"source": name, "root": str(root), "download": True}, "train")) > 0
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenette"])
+def test_two_datasets_with_one_root_download_once(tmp_path, monkeypatch, name):
+    if name == "cifar10":
+        make_cifar(tmp_path, monkeypatch, name)
+        (tmp_path / "cifar-10-batches-py").rename(tmp_path / "published")
+    record, fork = tmp_path / "record", multiprocessing.get_context("fork")
+    arguments = (name, tmp_path / "root", record)
+    both = [fork.Process(target=_download_slowly, args=arguments) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert record.read_text() == "begun "
+    assert not (tmp_path / "root" / ".download.lock").exists()
 
 
 def test_imagenette_is_downloaded_once_and_moved_into_place(tmp_path, monkeypatch):
@@ -1044,8 +1083,9 @@ CLASSES = ("ant", "bee")
 
 def test_external_folder_per_class(tmp_path):
     make_folders(tmp_path, {"bee": 2, "ant": 1})
-    images, labels = read_image_folder(tmp_path, CLASSES, 8)
+    images, labels, weights = read_image_folder(tmp_path, CLASSES, 8)
     assert labels.tolist() == [0, 1, 1]
+    assert weights.tolist() == [1, 0.5, 0.5]
     np.testing.assert_array_equal(images[2], centre_view(make_image(0, 0, 1), 8))
 
 
@@ -1053,7 +1093,7 @@ def test_external_folder_per_class(tmp_path):
 def test_external_images_of_the_right_size_are_kept(tmp_path, resolution):
     for name in CLASSES:
         save(make_image(1, size=(resolution, resolution)), tmp_path / name / "0.png")
-    images, _ = read_image_folder(tmp_path, CLASSES, resolution)
+    images, *_ = read_image_folder(tmp_path, CLASSES, resolution)
     np.testing.assert_array_equal(
         images[1], np.asarray(make_image(1, size=(resolution,) * 2)).transpose(2, 0, 1)
     )
@@ -1065,7 +1105,7 @@ def test_external_released_layout(tmp_path, folders):
         for i in range(11):
             name = f"class{c:03d}_id{i:03d}.jpg"
             save(make_image(c, i), tmp_path / (f"new{c:03d}/{name}" if folders else name))
-    images, labels = read_image_folder(tmp_path, CLASSES, 8)
+    images, labels, _ = read_image_folder(tmp_path, CLASSES, 8)
     assert images.shape == (22, 3, 8, 8)
     assert labels.tolist() == [0] * 11 + [1] * 11
 
@@ -1113,15 +1153,20 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> Path:
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_external_arrays(tmp_path, suffix, channels_last):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_external_arrays(tmp_path, suffix, channels_last, weighted):
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 96, 96), dtype=np.uint8)
     stored = images.transpose(0, 2, 3, 1) if channels_last else images
-    path = save_arrays(tmp_path / f"x{suffix}", images=stored, labels=np.array([1, 0, 1, 0], dtype=np.int32))
-    found, labels = read_image_folder(path, CLASSES, 96)
+    arrays = {"images": stored, "labels": np.array([1, 0, 1, 0], dtype=np.int32)}
+    if weighted:
+        arrays["weights"] = np.array([0.5, 1, 1.5, 3], dtype=np.float32)
+    path = save_arrays(tmp_path / f"x{suffix}", **arrays)
+    found, labels, weights = read_image_folder(path, CLASSES, 96)
     assert labels.dtype == np.int64
     assert labels.tolist() == [0, 0, 1, 1]
+    assert weights.tolist() == ([0.25, 0.75, 0.25, 0.75] if weighted else [0.5] * 4)
     np.testing.assert_array_equal(found, images[[1, 3, 0, 2]])
-    smaller, _ = read_image_folder(path, CLASSES, 24)
+    smaller, *_ = read_image_folder(path, CLASSES, 24)
     np.testing.assert_array_equal(
         smaller[0], centre_view(Image.fromarray(images[1].transpose(1, 2, 0)), 24, 24)
     )
@@ -1141,6 +1186,22 @@ def test_external_arrays(tmp_path, suffix, channels_last):
 def test_external_arrays_are_checked(tmp_path, images, labels, message):
     with fails("x.npz", message):
         read_image_folder(save_arrays(tmp_path / "x.npz", images=images, labels=labels), CLASSES, 8)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.ones(3), r"\(3,\)"),
+        (np.ones(2, dtype=np.int64), "int64"),
+        (np.array([1.0, 0.0]), "not all finite and above 0"),
+        (np.array([1.0, np.nan]), "not all finite and above 0"),
+    ],
+)
+def test_external_weights_are_checked(tmp_path, weights, message):
+    images, labels = np.zeros((2, 3, 8, 8), dtype=np.uint8), np.arange(2)
+    path = save_arrays(tmp_path / "x.npz", images=images, labels=labels, weights=weights)
+    with fails("x.npz", message):
+        read_image_folder(path, CLASSES, 8)
 
 
 def test_external_files_are_never_unpickled(tmp_path, monkeypatch):

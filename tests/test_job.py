@@ -13,11 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run_snakemake
 
+from wmdd_core.artifacts import write_json, write_tensors
 from wmdd_core.errors import UserError
 from workflow_scripts import job as jobs
+from workflow_scripts import recover_images
 from workflow_scripts.job import Job
 
 
@@ -174,6 +178,52 @@ def test_scratch_holds_a_copy_for_as_long_as_the_process_lives(tmp_path, monkeyp
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
+def test_real_features_are_drawn_from_the_copy(tmp_path, monkeypatch):
+    """Recovery draws a few rows in each step: what `local` is for."""
+    features = np.arange(20, dtype=np.float32).reshape(10, 2)
+    np.save(tmp_path / "features.npy", features)
+    write_json(tmp_path / "index.json", {"offsets": [0, 4, 10]}, {})
+    write_tensors(tmp_path / "statistics.safetensors", {"none": torch.zeros(1)}, {"layers": []})
+    names = {"features": "features.npy", "index": "index.json", "statistics": "statistics.safetensors"}
+    job = make_job(tmp_path, **{name: str(tmp_path / file) for name, file in names.items()})
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("WMDD_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setattr(jobs, "_HELD", held := [])
+    shard, _ = recover_images.build_shard(job, [0, 1], [0], "whole_classes")
+    assert [copy.name for copy in (tmp_path / "scratch").rglob("*.npy")] == ["features.npy"]
+    drawn = shard.real_features(1, 6, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, torch.from_numpy(features[4:]))
+    held.clear()
+
+
+# ---- states ----------------------------------------------------------------------------------
+
+
+def test_a_state_is_of_the_input_files_that_it_was_made_from(tmp_path):
+    """Another teacher may have the same settings, and so the same lineage: one loaded from a file."""
+    teacher, blocks = tmp_path / "teacher", [tmp_path / "a", tmp_path / "b"]
+    for path in (teacher, *blocks):
+        path.write_bytes(b"some")
+    job = make_job(tmp_path, teacher=str(teacher), blocks=list(map(str, blocks)))
+    stamp = job.progress([]).stamp
+    assert job.progress([]).stamp == stamp
+    for path in (teacher, blocks[1]):
+        path.write_bytes(b"other")
+        assert job.progress([]).stamp != stamp
+        stamp = job.progress([]).stamp
+    os.utime(teacher, (0, 0))
+    assert job.progress([]).stamp != stamp
+
+
+def test_a_loop_within_a_job_has_a_state_of_its_own_that_names_the_device(tmp_path):
+    job = replace(make_job(tmp_path), device_name="cpu")
+    before = job.progress([], method="wmdd")
+    assert job.device.type == "cpu"
+    one, other = job.progress([], method="wmdd"), job.progress([], method="random")
+    assert one.checkpoint == before.checkpoint != other.checkpoint
+    assert len({before.stamp, one.stamp, other.stamp}) == 3
+
+
 def test_a_job_that_computes_names_its_device(tmp_path):
     """And its state is not taken up on another, whose rounding differs."""
     job = replace(make_job(tmp_path), device_name="cpu")
@@ -185,8 +235,6 @@ def test_a_job_that_computes_names_its_device(tmp_path):
 
 
 def test_a_job_on_a_gpu_asks_for_the_same_bits_each_time(tmp_path):
-    import torch
-
     assert replace(make_job(tmp_path), device_name="cpu").device == torch.device("cpu")
     assert not torch.are_deterministic_algorithms_enabled()
     try:

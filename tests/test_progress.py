@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +48,32 @@ def test_a_killed_loop_goes_on_where_it_was(tmp_path, capsys):
     assert list(path.parent.iterdir()) == []
     again.finish()  # twice does no harm
     assert Progress("sum", path, "stamp").resume() is None
+
+
+@pytest.mark.parametrize("left", [0, 1, 300])
+def test_a_damaged_checkpoint_is_told_and_ignored(tmp_path, capsys, left):
+    """A power cut leaves a file of the right name with some of its bytes, or none."""
+    path = tmp_path / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        count_to(10, Progress("sum", path, "stamp", save_every=0), stop_after=6)
+    path.write_bytes(path.read_bytes()[:left])
+    again = Progress("sum", path, "stamp", save_every=60)
+    assert count_to(10, again) == sum(range(10))
+    assert "the checkpoint is damaged" in capsys.readouterr().out
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("left", [0, 60])
+def test_a_damaged_array_is_told_and_made_anew(tmp_path, capsys, left):
+    path = tmp_path / "state.pt"
+    first = Progress("labels", path, "stamp", save_every=0)
+    first.array(np.float32, (4, 3)).flush()
+    first.step(0, 4, lambda: {"index": 0}, dict)
+    first.partial.write_bytes(first.partial.read_bytes()[:left])
+    again = Progress("labels", path, "stamp")
+    assert again.array(np.float32, (4, 3)).shape == (4, 3)
+    assert again.resume() is None
+    assert "the array beside the checkpoint is damaged" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_other_settings_is_ignored_and_told(tmp_path, capsys):

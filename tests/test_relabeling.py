@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from wmdd_core.artifacts import make_header, write_json, write_tensors
 from wmdd_core.augmentation import view_batch
+from wmdd_core.errors import UserError
 from wmdd_core.models import batchnorm_layers, build_model, freeze
 from wmdd_core.progress import Progress
 from wmdd_core.relabeling import (
@@ -261,6 +262,13 @@ def test_evaluation_mode_follows_batch_mode(teacher):
     wanted = labelled(teacher)
     labelled(teacher, teacher_mode="batch")
     assert np.array_equal(labelled(teacher), wanted)
+
+
+def test_logits_that_float16_cannot_hold_are_told(teacher):
+    with torch.no_grad():
+        teacher.classifier.bias.fill_(7e4)
+    with pytest.raises(UserError, match="above 65,504.*lower learning_rate"):
+        labelled(teacher)
 
 
 # ---- resuming ----------------------------------------------------------------------------------

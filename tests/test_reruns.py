@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run_snakemake
 from PIL import Image
 
+from wmdd_core.artifacts import read_tensors
 from workflow_scripts.status import count_jobs
 
 pytestmark = pytest.mark.workflow
@@ -83,6 +86,43 @@ def test_deleted_tables_and_figures_are_made_again(smoke, tmp_path):
     planned = count_jobs(done.stdout + done.stderr)
     assert {"tabulate_accuracy", "plot_gallery", "build_page"} <= planned.keys()
     assert not planned.keys() & {"recover_images", "evaluate_student"}
+
+
+def test_another_file_of_weights_or_of_a_set_made_elsewhere_is_taken_in(smoke, tmp_path):
+    directory = Path(shutil.copytree(smoke, tmp_path / "run"))
+    made = directory / "results/smoke/digits"
+    sources = {
+        "teacher": made / "teachers/convnet/checkpoint.safetensors",
+        "set": made / "distilled/wmdd/ipc2/images.safetensors",
+    }
+    given = {n: Path(shutil.copy(file, tmp_path / f"{n}.safetensors")) for n, file in sources.items()}
+    (tmp_path / "overlay.yaml").write_text(
+        f"teachers: {{loaded: {{architecture: convnet, width: 16, depth: 2, weights: {given['teacher']}}}}}\n"
+        f"methods: {{theirs: {{kind: external, external: {given['set']}}}}}\n",
+        encoding="utf-8",
+    )
+    targets = [
+        f"results/smoke/digits/{file}"
+        for file in ("teachers/loaded/checkpoint.safetensors", "distilled/theirs/ipc2/images.safetensors")
+    ]
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "overlay.yaml")]
+
+    def run(*options: str) -> dict[str, int]:
+        done = run_snakemake(directory, *options, *targets, *files, preset="")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return count_jobs(done.stdout + done.stderr)
+
+    assert run("--cores", "2") == {"pretrain_teacher": 1, "import_images": 1, "gather_images": 1}
+    assert run("--dry-run") == {}
+    taken, theirs = (
+        read_tensors(file)[0] for file in (made / "distilled/theirs/ipc2/images.safetensors", sources["set"])
+    )
+    assert torch.equal(taken["images"], theirs["images"])
+    torch.testing.assert_close(taken["weights"], theirs["weights"])
+    assert len(theirs["weights"].unique()) > 2
+    for file in given.values():
+        os.utime(file)
+    assert run("--dry-run") == {"pretrain_teacher": 1, "import_images": 1, "gather_images": 1}
 
 
 PHOTOS = """

@@ -290,7 +290,8 @@ class Sets:
 
         def benchmarks(method: str) -> dict:
             steps = [s for s in counts if s != "barycenters" or method == "wmdd"]
-            return {s: (str(self.root / "benchmarks" / method / f"{s}*.tsv"), counts[s]) for s in steps}
+            folder = self.root / "benchmarks" / method
+            return {s: [str(folder / f"{s}{number}.tsv") for number in range(counts[s])] for s in steps}
 
         files = {
             labels: [str(self.evaluation(c, labels, s)) for c in self.cells for s in range(c["seeds"])]
@@ -340,6 +341,14 @@ def test_bytes_seconds_and_accuracies_of_each_set(tmp_path):
     assert shown in text
     assert "| 10 | random real | 3.0 kB | 0.3 kB | 2.5 MB | – |" in text
     assert r"60.5 $\pm$ 0.7" in Path(output["tex"]).read_text(encoding="utf-8")
+
+
+def test_files_of_an_earlier_configuration_are_not_counted(tmp_path):
+    sets = Sets(tmp_path)
+    sets.write_benchmarks("wmdd", "training", [10.0, 20.0, 99.0])
+    sets.write_benchmarks("wmdd", "recovery", [1.5, 2.25, 99.0])
+    _, wmdd = rows_of(sets.tabulate()["csv"])
+    assert (wmdd["training_seconds"], wmdd["recovery_seconds"]) == ("15.00", "3.75")
 
 
 def test_what_is_missing_is_missing_and_never_zero(tmp_path):

@@ -55,6 +55,18 @@ def test_workers_and_repetition_change_no_pixel(source):
     assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("device, threads", [("cpu", 1), ("cuda", 3)])
+def test_beside_decoding_processes_a_network_on_a_cpu_has_one_thread(device, threads):
+    """Or how many processes may decode, which the number of cores decides, would change its rounding."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        real_images.leave_cores_to_decoding(torch.device(device))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_crops_of_any_shape_are_distributed_as_torchvisions():
     from torchvision.transforms import RandomResizedCrop
 

@@ -266,14 +266,27 @@ def test_a_mistake_in_the_config_is_told_in_one_line(tmp_path, overlay, told):
     assert not (tmp_path / "results").exists()
 
 
-def test_more_images_per_class_than_there_are_is_told_by_the_job(tmp_path):
-    (tmp_path / "many.yaml").write_text("tables: {main: {ipc: [500], methods: [random]}}", encoding="utf-8")
-    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "many.yaml")]
-    done = run_snakemake(tmp_path, "--cores", "2", "main", *files)
+@pytest.mark.parametrize("method", ["random", "kmeans_real", "dm", "sre2l"])
+def test_more_images_per_class_than_there_are_is_told_by_the_job(smoke, tmp_path, method):
+    (tmp_path / "real.yaml").write_text("methods: {sre2l: {start: real}}", encoding="utf-8")
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "real.yaml")]
+    target = f"results/smoke/digits/distilled/{method}/ipc500/shards/shard0.safetensors"
+    done = run_snakemake(smoke, "--cores", "2", target, *files, preset="")
     told = done.stdout + done.stderr
     assert done.returncode == 1 and "fewer than ipc 500; lower ipc" in told
     assert "Traceback" not in told
-    assert not list((tmp_path / "results/smoke/digits/distilled").rglob("*.safetensors"))
+    assert not (smoke / target).exists()
+
+
+def test_distances_of_sets_that_no_teacher_made_are_measured_in_its_features(smoke, tmp_path):
+    (tmp_path / "far.yaml").write_text(
+        "figures: {far: {kind: distances, datasets: [digits], methods: [random], ipc: [1]}}", encoding="utf-8"
+    )
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "far.yaml")]
+    done = run_snakemake(smoke, "--cores", "2", "far", *files, preset="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = list(csv.DictReader((smoke / "results/smoke/report/figures/far.csv").open(encoding="utf-8")))
+    assert {r["method"] for r in rows} == {"random"} and all(float(r["w1"]) > 0 for r in rows)
 
 
 def test_headers_say_where_an_evaluation_comes_from(smoke):

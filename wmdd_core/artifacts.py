@@ -108,6 +108,9 @@ def replacing(path: Path | str) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
+        if temporary.is_file():
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())  # or a power cut could leave an empty file of the right name
         if path.is_dir() and temporary.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)

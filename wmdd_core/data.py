@@ -367,15 +367,16 @@ class _MappedReader:
 
 def read_image_folder(
     path: str | Path, classes: Sequence[str], resolution: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """A distilled set made elsewhere: images uint8 (M, 3, resolution, resolution), labels (M,) int64.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A set made elsewhere: uint8 images (M, 3, resolution, resolution), int64 labels (M,), weights (M,).
 
     `path` is a folder with one folder per class named as in `classes`; or the layout of released
     WMDD and SRe2L sets, new000/class000_id000.jpg or class000_id000.jpg alone, numbered in the
     order of `classes`; or a .npz or .safetensors file with `images` (uint8, (M, 3, H, W) or
-    (M, H, W, 3)) and `labels` (integers). Images of another size have their shorter side resized
-    to the resolution and their centre cut out; those of the right size are kept as they are. What
-    is returned is ordered by class, then as named or stored.
+    (M, H, W, 3)), `labels` (integers) and perhaps `weights` (floating, above 0). Images of another
+    size have their shorter side resized to the resolution and their centre cut out; those of the
+    right size are kept as they are. What is returned is ordered by class, then as named or stored;
+    its weights, float64, sum to 1 in each class.
 
     Raises `UserError` naming classes that are missing or surplus. Nothing is unpickled.
     """
@@ -390,17 +391,23 @@ def read_image_folder(
             root=path,
         )
         _check_classes(path, source.labels, classes)
-        return decode(source, resolution, resize=resolution), source.labels
-    images, labels = _read_arrays(path)
+        weights = _normalised(np.ones(len(source)), source.labels)
+        return decode(source, resolution, resize=resolution), source.labels, weights
+    images, labels, weights = _read_arrays(path)
     _check_classes(path, labels, classes)
     order = np.argsort(labels, kind="stable")
-    images, labels = images[order], labels[order]
+    images, labels, weights = images[order], labels[order], _normalised(weights, labels)[order]
     if images.shape[2:] != (resolution, resolution):
         views = [
             centre_view(Image.fromarray(image.transpose(1, 2, 0)), resolution, resolution) for image in images
         ]
         images = np.stack(views)
-    return np.ascontiguousarray(images), labels
+    return np.ascontiguousarray(images), labels, weights
+
+
+def _normalised(weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Weights that sum to 1 in each class."""
+    return weights / np.bincount(labels, weights)[labels]
 
 
 def _number_files(path: Path, classes: Sequence[str]) -> list[tuple[int, str]]:
@@ -453,15 +460,16 @@ def _check_classes(path: Path, labels: np.ndarray, classes: Sequence[str]) -> No
         )
 
 
-def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """`images` (M, 3, H, W) uint8 and `labels` (M,) int64 of a file that needs no unpickling."""
+def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`images` (M, 3, H, W) uint8, `labels` (M,) int64, `weights` (M,) of a file that needs no unpickling."""
     if path.suffix not in (".npz", ".safetensors"):
         what = "is neither a folder nor a .npz or .safetensors file" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {what}; give a folder of images per class, or arrays in one of these formats"
         )
     try:
-        images, labels = _load_npz(path) if path.suffix == ".npz" else _load_safetensors(path)
+        arrays = _load_npz(path) if path.suffix == ".npz" else _load_safetensors(path)
+        images, labels = arrays["images"], arrays["labels"]
     except KeyError as error:
         raise UserError(f"{path} lacks an array ({error}); it needs `images` and `labels`") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -482,22 +490,28 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(
             f"{path}: labels are {labels.dtype} {labels.shape}; give one integer per image, ({len(images)},)"
         )
+    weights = arrays.get("weights", np.ones(len(labels)))
+    if weights.shape != labels.shape or not np.issubdtype(weights.dtype, np.floating):
+        raise UserError(
+            f"{path}: weights are {weights.dtype} {weights.shape}; give one floating number per image"
+        )
+    if not (weights > 0).all() or not np.isfinite(weights).all():
+        raise UserError(f"{path}: its weights are not all finite and above 0; correct or remove them")
     if images.shape[1] != 3:
         images = images.transpose(0, 3, 1, 2)
-    return images, labels.astype(np.int64)
+    return images, labels.astype(np.int64), weights.astype(np.float64)
 
 
-def _load_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _load_npz(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as arrays:
-        return arrays["images"], arrays["labels"]
+        return {name: arrays[name] for name in ("images", "labels", "weights") if name in arrays}
 
 
-def _load_safetensors(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        arrays = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(str(error)) from error
-    return arrays["images"], arrays["labels"]

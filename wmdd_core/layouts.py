@@ -208,7 +208,7 @@ def _files(folder: Path, place: str = "") -> Iterator[tuple[str, os.DirEntry[str
         except OSError as error:
             raise UserError(f"{entry.path} cannot be followed ({error.strerror}); remove the link") from error
         if is_folder:
-            yield from _files(Path(entry.path), f"{place}{entry.name}/")
+            yield from _files(Path(entry.path), f"{place}{_readable_name(entry)}/")
         else:
             yield place, entry
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 
@@ -52,8 +53,13 @@ class Progress:
             return None
         import torch
 
-        # On the CPU: the GPU that it was saved from may be another one, or gone.
-        saved = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+        try:
+            # On the CPU: the GPU that it was saved from may be another one, or gone.
+            saved = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+        except (EOFError, RuntimeError, UnpicklingError) as error:  # by a power cut or a full disk
+            self._say(f"the checkpoint is damaged ({type(error).__name__}) and is ignored; starting afresh")
+            self.checkpoint.unlink()
+            return None
         if saved["stamp"] != self.stamp:
             self._say("a checkpoint of other settings or inputs was found and is ignored; starting afresh")
             # Arrays beside it are overwritten from now on: going back to those settings must not find it.
@@ -93,9 +99,12 @@ class Progress:
         path = self.partial
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and self.checkpoint.exists():
-            found = np.lib.format.open_memmap(path, mode="r+")
-            if found.shape == shape and found.dtype == dtype:
-                return found
+            try:
+                found = np.lib.format.open_memmap(path, mode="r+")
+                if found.shape == shape and found.dtype == dtype:
+                    return found
+            except ValueError:
+                self._say("the array beside the checkpoint is damaged; starting afresh")
         self.checkpoint.unlink(missing_ok=True)
         array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
         try:

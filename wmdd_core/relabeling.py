@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wmdd_core.augmentation import Views, batch_viewer, draw_views
+from wmdd_core.errors import UserError
 from wmdd_core.graphs import replayed
 from wmdd_core.models import Classifier
 from wmdd_core.progress import Progress
@@ -90,6 +91,11 @@ def label_views(
             batches = indices.split(batch_size)
         for chosen in batches:
             labels[epoch, chosen.cpu().numpy()] = label(view(chosen, views)).cpu().numpy()
+        if not np.isfinite(labels[epoch]).all():
+            raise UserError(
+                "the teacher's logits are above 65,504, the most that float16 holds, or no numbers; train it"
+                " with a lower learning_rate"
+            )
         if progress:
             progress.step(epoch, len(labels), lambda: _flushed(labels, {"epochs": epoch + 1}), dict)  # noqa: B023
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -362,7 +364,13 @@ def _open_cifar(settings: Mapping[str, Any], split: str) -> ArraySource:
     folder = root / dataset.base_folder
     download = bool(settings.get("download"))
     try:
-        data = dataset(root, train=split == "train", download=download)
+        try:
+            data = dataset(root, train=split == "train")
+        except RuntimeError:
+            if not download:
+                raise
+            with _one_download(root):
+                data = dataset(root, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         if download:
             raise UserError(_no_download(source, dataset.url, root, error)) from error
@@ -395,6 +403,19 @@ def _download_root(settings: Mapping[str, Any]) -> Path:
     return root_folder(settings)
 
 
+@contextmanager
+def _one_download(root: Path) -> Iterator[None]:
+    """Datasets that share `root` download one after the other: the second finds what the first brought."""
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / ".download.lock"
+    with open(path, "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def _no_download(source: str, url: str, root: Path, error: Exception) -> str:
     reason = " ".join(str(error).split())
     return f"download of {source} to {root} failed ({reason}); fetch {url} by other means and unpack it there"
@@ -406,16 +427,23 @@ def _fetch_imagenette(settings: Mapping[str, Any]) -> None:
     It is unpacked out of sight and moved into place, so that half an archive is never taken for all.
     """
     root = _download_root(settings)
-    if any(path.is_dir() for path in (root / "train", *root.glob("imagenette2*/train"))):
+
+    def there() -> bool:
+        return any(path.is_dir() for path in (root / "train", *root.glob("imagenette2*/train")))
+
+    if there():
         return
     from torchvision.datasets import Imagenette
 
     partial = root / ".download"
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial / "imagenette2", ignore_errors=True)
-        Imagenette(partial, split="train", size="full", download=True)
-        os.replace(partial / "imagenette2", root / "imagenette2")
-        shutil.rmtree(partial)
+        with _one_download(root):
+            if there():
+                return
+            partial.mkdir(exist_ok=True)
+            shutil.rmtree(partial / "imagenette2", ignore_errors=True)
+            Imagenette(partial, split="train", size="full", download=True)
+            os.replace(partial / "imagenette2", root / "imagenette2")
+            shutil.rmtree(partial)
     except (OSError, RuntimeError) as error:
         raise UserError(_no_download("imagenette", IMAGENETTE_URL, root, error)) from error

@@ -9,7 +9,7 @@ from wmdd_core.models import build_model
 from workflow_scripts.job import Job, run
 from workflow_scripts.pretrain_teacher import network_of
 from workflow_scripts.real_images import normalisation, open_images
-from workflow_scripts.select_images import draw_random
+from workflow_scripts.select_images import check_class_sizes, draw_random
 
 
 def main(job: Job) -> None:
@@ -32,6 +32,7 @@ def main(job: Job) -> None:
         return build_model(**network_of(network, description), seed=network_seed).to(device)
 
     if kind == "dm":
+        check_class_sizes(description, dataset, ipc)
         initial, distil = draw_random(store, labels, index, seed, dataset, mean, std), distil_dm
     else:
         initial, distil = noise_images(len(labels), description["resolution"], (seed, dataset)), distil_dc

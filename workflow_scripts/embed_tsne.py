@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -130,7 +130,7 @@ def summarise(embedded: Embedded, names: tuple) -> dict[str, float]:
     for c in np.unique(embedded.distilled_labels):
         real = embedded.real[embedded.real_labels == c]
         distilled = embedded.distilled[embedded.distilled_labels == c]
-        covered.append(coverage(real, distilled, NEIGHBOURS))
+        covered.append(coverage(real, distilled, NEIGHBOURS) if len(real) > NEIGHBOURS else np.nan)
         order = numpy_generator(*names, "coverage", int(c)).permutation(len(real))
         drawn, others = real[order[: len(distilled)]], real[order[len(distilled) :]]
         by_chance.append(coverage(others, drawn, NEIGHBOURS) if len(others) > NEIGHBOURS else np.nan)
@@ -238,8 +238,8 @@ def main(job: Job) -> None:
     names = (job.settings["seed"], description["header"]["wildcards"]["dataset"], "tsne")
     lines, maps, progresses = [], [], []
     for own in read_distilled_sets(job, description):
-        place = {**job.wildcards, "method": own.method, "ipc": own.ipc}
-        progresses.append(replace(job, wildcards=place).progress([description["header"], own.header]))
+        headers = [description["header"], own.header]
+        progresses.append(job.progress(headers, method=own.method, ipc=own.ipc))
         model = train_on_mixture(job.settings, own, real, labels, description, progresses[-1])
         found = [embed_images(model, real_of_class(store, c), description, device).numpy() for c in classes]
         rows = torch.cat([own.rows(c) for c in classes])

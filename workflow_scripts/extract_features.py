@@ -6,7 +6,7 @@ from wmdd_core.artifacts import write_json, write_tensors
 from wmdd_core.features import extract_features
 from wmdd_core.models import freeze
 from workflow_scripts.job import Job, run
-from workflow_scripts.real_images import in_order, load_teacher, open_images
+from workflow_scripts.real_images import in_order, leave_cores_to_decoding, load_teacher, open_images
 
 
 def main(job: Job) -> None:
@@ -14,6 +14,8 @@ def main(job: Job) -> None:
     description = job.description()
     teacher, teacher_header = load_teacher(job.input["teacher"], device)
     store = open_images(job, description, "train")
+    if not job.input.get("train"):
+        leave_cores_to_decoding(device)
     inputs = [description["header"], teacher_header]
     progress = job.progress(inputs)
 

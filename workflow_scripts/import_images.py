@@ -16,7 +16,7 @@ from workflow_scripts.real_images import normalisation
 def main(job: Job) -> None:
     description, ipc = job.description(), int(job.wildcards["ipc"])
     path, classes = job.settings["external"].replace("{ipc}", str(ipc)), description["classes"]
-    images, labels = read_image_folder(path, classes, description["resolution"])
+    images, labels, weights = read_image_folder(path, classes, description["resolution"])
     for name, count in zip(classes, np.bincount(labels, minlength=len(classes)), strict=True):
         if count != ipc:
             raise UserError(
@@ -25,13 +25,13 @@ def main(job: Job) -> None:
     header = job.header([description["header"]])
     # What follows depends on the images that were found, not only on where they lay.
     header["lineage"][job.rule] = digest(
-        [header["lineage"][job.rule], hashlib.sha256(images.tobytes()).hexdigest()]
+        [header["lineage"][job.rule], *(hashlib.sha256(a.tobytes()).hexdigest() for a in (images, weights))]
     )
     tensors = {
         "images": normalise(torch.from_numpy(images), *normalisation(description)),
         "labels": torch.from_numpy(labels),
         "index": torch.arange(ipc).repeat(len(classes)),
-        "weights": torch.full((len(labels),), 1 / ipc, dtype=torch.float64),
+        "weights": torch.from_numpy(weights),
     }
     write_tensors(job.output["shard"], tensors, header)
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -84,12 +84,23 @@ class Job:
         _HELD.append(folder)
         return shutil.copy(self.input[name], folder.name)
 
-    def progress(self, inputs: Iterable[Mapping]) -> Progress:
-        """Report and checkpoint a long loop that depends on these settings and `inputs` alone."""
-        header = self.header(inputs)
-        stamp = digest([header[key] for key in ("lineage", "devices", "wildcards", "versions")])
+    def progress(self, inputs: Iterable[Mapping], **place: str) -> Progress:
+        """Report and checkpoint a long loop that depends on these settings and the job's input files alone.
+
+        `inputs` are their headers; `place` tells a loop from the others of its job, as wildcards do.
+        """
+        loop = replace(self, wildcards={**self.wildcards, **place})
+        vars(loop).update({k: v for k, v in vars(self).items() if k == "device"})  # if it was asked for
+        header = loop.header(inputs)
+        stamp = digest([*(header[k] for k in ("lineage", "devices", "wildcards", "versions")), self._files()])
         save_every = float(os.environ.get("WMDD_SAVE_EVERY", 60))
-        return Progress(self.name, self.checkpoint(), stamp, save_every=save_every)
+        return Progress(loop.name, loop.checkpoint(), stamp, save_every=save_every)
+
+    def _files(self) -> list[list]:
+        """Size and time of every input file: one made anew by the same settings may hold something else."""
+        listed = (files if isinstance(files, list) else [files] for files in self.input.values())
+        found = [(path, os.stat(path)) for files in listed for path in files]
+        return [[path, status.st_size, int(status.st_mtime)] for path, status in found]
 
     @functools.cached_property
     def device(self) -> torch.device:
@@ -188,7 +199,7 @@ def run(main: Callable[[Job], None]) -> None:
         if error.errno not in DISK_ERRORS:
             raise
         sys.exit(
-            f"error: cannot write {error.filename or 'an output'}: {error.strerror};"
+            f"error: cannot read or write {error.filename or 'an output'}: {error.strerror};"
             " free or unlock it and rerun"
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -220,8 +219,8 @@ def main(job: Job) -> None:
     for own, labels in zip(sets, soft_labels_of(job, sets), strict=True):
         networks = {"teacher": (teacher, embed_images(teacher, own.images, description, device), stored)}
         if store is not None:
-            place = {**job.wildcards, "method": own.method, "ipc": own.ipc}
-            progresses.append(replace(job, wildcards=place).progress([description["header"], own.header]))
+            headers = [description["header"], own.header]
+            progresses.append(job.progress(headers, method=own.method, ipc=own.ipc))
             student, _ = train_student(
                 job.settings, vars(own), labels, description, STUDENT_SEED, device, progresses[-1]
             )

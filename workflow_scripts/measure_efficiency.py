@@ -172,6 +172,7 @@ def preparation_seconds(settings: Mapping, preparation: Measured) -> float:
     if settings["feature_term"] == "barycenter":
         return features + barycenters
     no_real_features = settings["feature_term"] in ("cross_entropy", "none")
+    # Global statistics are counted as the published methods have them: by the teacher's training.
     return 0.0 if no_real_features and settings["bn_term"] != "per_class" else features
 
 
@@ -235,7 +236,8 @@ def describe(
         + (", libraries included." if rows[0]["memory"] == RESIDENT_MEMORY else "."),
         f"Total time: {settings['projected_iterations']} iterations, projected from the mean; for methods"
         f" that need them with the real features ({features:.1f} s, peak {peak:.2f} GiB) and, for"
-        f" barycenters, their computation ({barycenters:.2f} s). Training the teacher is not included.",
+        f" barycenters, their computation ({barycenters:.2f} s). Training the teacher, which keeps global"
+        " BatchNorm statistics, is not included.",
         f"Measured with no other job of this workflow beside it on {rows[0]['machine']}; the load average was"
         f" {load:.1f} at the start.",
     ]

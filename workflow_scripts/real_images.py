@@ -51,9 +51,16 @@ def training_batches(
     if job.input.get("train"):
         images, labels = resident(open_images(job, description, "train"), device)
         return real_batches(images, labels, settings["batch_size"], mean, std, names, **chosen)
+    leave_cores_to_decoding(device)
     source = open_described(description, "train", job.input["description"])
     crops = FileCrops(source, description["resolution"], names, settings["crop_scale_min"], flip)
     return file_batches(crops, settings["batch_size"], mean, std, workers=job.threads, device=device)
+
+
+def leave_cores_to_decoding(device: torch.device) -> None:
+    """One thread for a network on a CPU: how many processes decode beside it must not change its rounding."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)
 
 
 def images_per_pass(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from wmdd_core.recovery import RecoverySettings, Shard, recover_images
 from wmdd_core.sharding import shard_members
 from workflow_scripts.job import Job, precision, run
 from workflow_scripts.real_images import load_teacher, normalisation, open_images
-from workflow_scripts.select_images import draw_random
+from workflow_scripts.select_images import check_class_sizes, draw_random
 
 
 def read_barycenters(job: Job, classes: list[int]) -> tuple[dict[int, tuple], list[dict]]:
@@ -43,7 +43,7 @@ def build_shard(job: Job, classes: list[int], numbers: list[int], layout: str) -
         weights = torch.from_numpy(np.concatenate([barycenters[c][1][numbers] for c in classes]))
     if "features" in job.input:
         offsets = read_json(job.input["index"])["offsets"]
-        features = np.load(job.input["features"], mmap_mode="r")
+        features = np.load(job.local("features"), mmap_mode="r")
 
         def real_features(c: int, count: int, generator: torch.Generator) -> torch.Tensor:
             size = offsets[c + 1] - offsets[c]
@@ -75,6 +75,7 @@ def main(job: Job) -> None:
     inputs = [description["header"], teacher_header, *headers]
     initial = None
     if start == "real":
+        check_class_sizes(description, job.wildcards["dataset"], int(job.wildcards["ipc"]))
         store = open_images(job, description, "train")
         initial = draw_random(
             store, shard.classes[shard.group], shard.index, seed, job.wildcards["dataset"], mean, std

@@ -13,6 +13,15 @@ from workflow_scripts.job import Job, run
 from workflow_scripts.real_images import normalisation, open_images
 
 
+def check_class_sizes(description: dict, dataset: str, ipc: int) -> None:
+    """Raise `UserError` for a class with fewer than `ipc` training images."""
+    for name, count in zip(description["classes"], description["train"]["per_class"], strict=True):
+        if count < ipc:
+            raise UserError(
+                f"class {name!r} of {dataset} has {count} training images, fewer than ipc {ipc}; lower ipc"
+            )
+
+
 def random_rows(store: ImageStore, c: int, seed: int, dataset: str) -> Tensor:
     """All images of class `c` in a random order: a prefix of it is a random selection of any size."""
     rows = torch.from_numpy(np.flatnonzero(store.labels == c))
@@ -46,11 +55,7 @@ def nearest_rows(features: np.ndarray, count: int, seed: int) -> Tensor:
 def main(job: Job) -> None:
     dataset, ipc, seed = job.wildcards["dataset"], int(job.wildcards["ipc"]), job.settings["seed"]
     description = job.description()
-    for name, count in zip(description["classes"], description["train"]["per_class"], strict=True):
-        if count < ipc:
-            raise UserError(
-                f"class {name!r} of {dataset} has {count} training images, fewer than ipc {ipc}; lower ipc"
-            )
+    check_class_sizes(description, dataset, ipc)
     store = open_images(job, description, "train")
     inputs, rows = [description["header"]], []
     if job.settings["selection"] == "kmeans":

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import glob
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from wmdd_core.metrics import format_mean_sd, mean_and_sd
@@ -26,13 +25,12 @@ def bytes_of(path: str) -> int | None:
     return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
 
 
-def seconds_of(pattern: str, count: int) -> float | None:
-    """Summed seconds of `count` benchmark files, None unless all of them are there and whole."""
-    paths = glob.glob(pattern)
-    if len(paths) != count:
-        return None
+def seconds_of(paths: Iterable[str]) -> float | None:
+    """Summed seconds of benchmark files, None unless all of them are there and whole."""
     total = 0.0
     for path in paths:
+        if not os.path.exists(path):
+            return None
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
         try:
@@ -50,7 +48,7 @@ def build_row(
     def text(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    seconds = {step: seconds_of(*cell["benchmarks"][step]) for step in STEPS if step in cell["benchmarks"]}
+    seconds = {step: seconds_of(cell["benchmarks"][step]) for step in STEPS if step in cell["benchmarks"]}
     if seconds["training"] is not None:  # of one student
         seconds["training"] /= cell["seeds"]
     row = {key: cell[key] for key in ("method", "dataset", "ipc", "student")}
