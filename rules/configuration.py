@@ -23,6 +23,9 @@ from wmdd_core.memory import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 
+RULES_BESIDE = ("all", "all_paper")
+"""Rules without a script."""
+
 ENTRY_BLOCKS = ("datasets", "teachers", "barycenters", "methods", "students", "recipes", "tables", "figures")
 """Blocks of named entries; a name becomes a wildcard's value and so part of a path."""
 
@@ -91,9 +94,20 @@ def prepare(config: dict, schema: dict) -> dict:
                 )
             check_block(f"{block}.{name}", entry, kind, schema)
             check_conditions(f"{block}.{name}", entry, kind, config["datasets"])
+    check_targets(config, schema)
     check_references(config, schema)
     check_roots(config)
     return config
+
+
+def check_targets(config: Mapping, schema: Mapping) -> None:
+    """Tables and figures are targets by their names, which no rule and no other of them has."""
+    taken = {*RULES_BESIDE, *schema["properties"]["accept_code"]["propertyNames"]["enum"]}
+    for block in ("tables", "figures"):
+        for name in config[block]:
+            if name in taken:
+                raise ConfigError(f"{block}.{name}: there is a table or a rule of this name; take another")
+            taken.add(name)
 
 
 def check_references(config: Mapping, schema: Mapping) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from snakemake.utils import update_config
 
 from rules.plan import DECODERS
+from wmdd_core.terms import SET_TERMS
 
 # ---- data ------------------------------------------------------------------------------------
 
@@ -47,7 +48,7 @@ def crops_of(w):
 
 
 def file_given(path):
-    """A file of the user's as an input, so that another one of its name counts; folders are not looked into."""
+    """A file of the user's as an input, so that another one of its name counts."""
     path = os.path.expanduser(path)
     return path if os.path.isfile(path) else []
 
@@ -122,7 +123,7 @@ def needs_atoms(method):
 
 def uses_features(method):
     """Whether recovery draws real features: for the terms that compare sets."""
-    return method["feature_term"] in ("mmd_linear", "mmd_rbf", "sliced_wasserstein")
+    return method["feature_term"] in SET_TERMS
 
 
 def recover_images_input(w):
@@ -190,6 +191,13 @@ def distil_baseline_settings(w):
 def external_given(w):
     """The file of a set made elsewhere, unless it is a folder."""
     return file_given(method_of(w)["external"].replace("{ipc}", w.ipc))
+
+
+def external_listing(w):
+    """A digest of names, sizes and times of the files in a folder of a set made elsewhere."""
+    top = os.path.expanduser(method_of(w)["external"].replace("{ipc}", w.ipc))
+    paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(top) for name in names)
+    return digest([[os.path.relpath(p, top), os.path.getsize(p), int(os.path.getmtime(p))] for p in paths])
 
 
 @settings_for
@@ -404,6 +412,11 @@ def label_of(block, name):
     return config[block].get(name, {}).get("label", name)
 
 
+def held_out(datasets):
+    """Those of the datasets whose tests run on a part of the training set."""
+    return sorted(d for d in datasets if entry("datasets", d, d).get("validation_fraction"))
+
+
 def titles_of(datasets):
     return {d: config["datasets"][d].get("title", d) for d in datasets}
 
@@ -423,6 +436,7 @@ def tabulate_accuracy_settings(w):
             "methods": method_labels(c["entry"] for c in cells),
             "students": {c["student"]: label_of("students", c["student"]) for c in cells},
             "recipes": {c["recipe"]: label_of("recipes", c["recipe"]) for c in cells},
+            "held_out": held_out({c["dataset"] for c in cells}),
         },
         "swept": swept_of(c["entry"] for c in cells),
     }
@@ -728,13 +742,22 @@ def displayed(path):
     return str(path)
 
 
+def given_in_command():
+    """What `--config` gave."""
+    return workflow.config_settings.config or {}
+
+
 @settings_for
 def build_page_settings(w):
     return {
         "page": w.page,
+        "held_out": held_out(config["datasets"]),
         "items": page_items(w.page),
         "config": config,
         "laid_over": [displayed(path) for path in workflow.overwrite_configfiles],
+        "overridden": [
+            f"{k}={v if isinstance(v, str) else canonical(v)}" for k, v in given_in_command().items()
+        ],
         "template": content_of("report/page.html"),
     }
 

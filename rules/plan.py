@@ -40,6 +40,10 @@ class Cost:
     bytes: float = 0.0
 
 
+class Unmeasured(Exception):
+    """report/costs.yaml does not have this network."""
+
+
 class Planner:
     """Estimates the cost of jobs, known by their rule and wildcards."""
 
@@ -68,15 +72,21 @@ class Planner:
             width, depth = network.get("width", 128), network.get("depth", 3)
             inputs = [3, *[width] * (depth - 1)]
             return sum(2 * 9 * c * width * (side >> block) ** 2 for block, c in enumerate(inputs))
-        counted = self.costs["networks"][network["architecture"]]["small" if side <= SMALL_IMAGE else "large"]
+        counted = self.measured(network)["small" if side <= SMALL_IMAGE else "large"]
         return counted["gflop"] * 1e9 * (side / counted["side"]) ** 2
+
+    def measured(self, network: Mapping) -> Mapping:
+        """What report/costs.yaml says of a network; raises `Unmeasured` where it says nothing."""
+        if network["architecture"] not in self.costs["networks"]:
+            raise Unmeasured
+        return self.costs["networks"][network["architecture"]]
 
     def dimension(self, network: Mapping, dataset: str) -> int:
         """Length of a feature vector."""
         if network["architecture"] == "convnet":
             side = self.entry("datasets", dataset, dataset)["resolution"] >> network.get("depth", 3)
             return network.get("width", 128) * side**2
-        return {"resnet18": 512, "vit_tiny": 192, "vit_small": 384}.get(network["architecture"], 2048)
+        return self.measured(network)["features"]
 
     def teacher(self, w: Mapping) -> dict:
         """The teacher of a job: by its wildcard, or the dataset's own."""
@@ -84,13 +94,16 @@ class Planner:
         return self.entry("teachers", name, w["dataset"])
 
     def cost(self, rule: str, w: Mapping[str, str]) -> Cost | None:
-        """The cost of a job, its start apart; None where the size of the dataset is not known."""
+        """The cost of a job, its start apart; None where the size of the dataset or network is not known."""
         needs_images = rule in ("describe_dataset", "decode_images", "pretrain_teacher", "evaluate_all_real")
         if (needs_images or rule in ("extract_features", "compute_barycenter")) and not self.images(
             w["dataset"]
         ):
             return None
-        return getattr(self, rule, lambda w: Cost())(w)
+        try:
+            return getattr(self, rule, lambda w: Cost())(w)
+        except Unmeasured:
+            return None
 
     # ---- rules, each as it works -------------------------------------------------------------
 
@@ -249,7 +262,10 @@ def summarise(jobs: Iterable[tuple[str, Mapping]], config: Mapping, costs: Mappi
         "Rates, which of them measured and which estimated: report/costs.yaml.",
     ]
     if whole.unknown:
-        lines.append(f"+ and {whole.unknown} jobs more, whose size only reading the data will tell.")
+        lines.append(
+            f"+ and {whole.unknown} jobs more: only reading the data will tell their size, or"
+            " report/costs.yaml lacks their network."
+        )
     return "\n".join(line for line in lines if line is not None)
 
 

@@ -105,6 +105,7 @@ rule import_images:
     params:
         settings=settings_of("import_images"),
         code=code_of("import_images"),
+        listing=external_listing,
         behind=behind_of("import_images"),
         job=describe_job,
     message:

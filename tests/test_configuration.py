@@ -325,6 +325,15 @@ def test_the_schema_knows_what_the_steps_read():
         assert {f.name for f in fields(settings) if f.default is MISSING} <= set(rule["required"])
 
 
+@pytest.mark.parametrize(
+    ("block", "name"),
+    [("figures", "main"), ("tables", "all"), ("tables", "recover_images"), ("figures", "all_paper")],
+)
+def test_a_target_has_one_meaning(block, name):
+    entry = BASE["tables"]["main"] if block == "tables" else BASE["figures"]["accuracy"]
+    assert refusal(f"{block}.{name}", entry).startswith(f"{block}.{name}: there is a table or a rule")
+
+
 # ---- types and ranges --------------------------------------------------------------------------
 
 

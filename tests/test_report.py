@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import html.parser
 import io
 import json
@@ -16,7 +17,7 @@ from PIL import Image
 
 from wmdd_core.artifacts import make_header, write_json, write_tensors
 from wmdd_core.errors import UserError
-from workflow_scripts import build_page, plot_accuracy, plot_gallery, tabulate_accuracy
+from workflow_scripts import build_page, plot_accuracy, plot_gallery, plot_sweep, tabulate_accuracy
 from workflow_scripts.drawing import COLOURS, base_name, colour_of, line_styles, new_figure, save
 from workflow_scripts.job import Job
 from workflow_scripts.plain_tables import as_markdown, write_table
@@ -278,6 +279,27 @@ def test_pivot_groups_students_and_recipes_and_lists_swept_values():
     assert [[stub[1] for stub, _ in g] for _, g in table.groups] == [["1", "10"]] * 2 + [["1", "10", ""]] * 2
 
 
+def test_methods_of_one_label_are_told_apart_by_their_names():
+    """`wmdd_30: {like: wmdd, lambda_bn: 30}` inherits the label."""
+    labels = {**LABELS, "methods": {**LABELS["methods"], "wmdd_30": "WMDD"}}
+    table = pivot([row_of("wmdd"), row_of("wmdd_30"), row_of("sre2l")], labels, {})
+    assert [stub for stub, _ in table.groups[0][1]] == [["WMDD (wmdd)"], ["WMDD (wmdd_30)"], ["SRe²L"]]
+    swept = {"wmdd_30": {"entry": "wmdd_lambda", "key": "lambda_bn", "value": 30}}
+    table = pivot([row_of("wmdd"), row_of("wmdd_30")], labels, swept)
+    assert [stub for stub, _ in table.groups[0][1]] == [["WMDD", ""], ["WMDD", "30"]]
+
+
+def test_what_was_held_out_of_the_training_set_is_not_called_test_set(tmp_path):
+    cells = [make_cell(dataset="digits"), make_cell()]
+    for held_out, told in (
+        ([], "on the real test set, mean"),
+        (["digits"], "on the real test set (Digits: a held-out part of the training set), mean"),
+        (["digits", "imagenette"], "on a held-out part of the training set, mean"),
+    ):
+        labels = {**LABELS, "held_out": held_out}
+        assert told in Results(tmp_path, cells).tabulate(labels=labels)["md"].read_text()
+
+
 def test_latex_escapes_names():
     text = as_latex(pivot([row_of("a_b & 5%")], {}, {}), "made of 50 % {x}")
     assert r"a\_b \& 5\%" in text
@@ -349,6 +371,42 @@ def test_accuracy_figure_is_the_same_twice_and_keeps_its_numbers(tmp_path):
 def test_accuracy_figure_of_a_student_that_the_table_lacks_is_refused(tmp_path):
     with pytest.raises(UserError, match="student 'vit' is not in table 'main', which has resnet18"):
         draw_accuracy(tmp_path, "a", student="vit")
+
+
+def sweep_rows(
+    places: list[tuple[str, str]], values=(0.1, 10, 1000), entry="wmdd_lambda"
+) -> tuple[list, dict]:
+    """A table's lines for each (dataset, ipc) of `places`, with `random` beside them, and the sweep."""
+    swept = {f"{entry}{v}": {"entry": entry, "key": "lambda_bn", "value": v} for v in values}
+    rows = [row_of(m, i, dataset=d) for d, i in places for m in (*swept, "random")]
+    return rows, swept
+
+
+def test_a_sweep_has_a_panel_for_each_dataset_and_a_line_for_each_size():
+    rows, swept = sweep_rows([("digits", "1"), ("digits", "10"), ("imagenette", "1")])
+    more, other = sweep_rows([("digits", "1")], values=(1, 2), entry="sre2l_lambda")
+    figure = plot_sweep.draw([*rows, *more], {**swept, **other}, LABELS)
+    panels = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_title("left") for axes in panels] == ["Digits", "ImageNette"]
+    drawn = [[bars.lines[0].get_xdata().tolist() for bars in axes.containers] for axes in panels]
+    assert drawn == [[[0.1, 10, 1000], [1, 2], [0.1, 10, 1000]], [[0.1, 10, 1000]]]
+    colours = [{b.get_label(): b.lines[0].get_color() for b in axes.containers} for axes in panels]
+    (label, colour), *_ = colours[1].items()
+    assert colours[0][label] == colour and len(set(colours[0].values())) == 2
+    (alone,) = plot_sweep.draw(*sweep_rows([("digits", "1")]), LABELS).axes
+    assert alone.get_title("left") == ""
+
+
+def test_sweeps_without_a_common_axis_are_refused():
+    rows, swept = sweep_rows([("digits", "1")])
+    swept["wmdd_lambda10"] = {"entry": "wmdd_lambda", "key": "bn_term", "value": "global"}
+    with pytest.raises(UserError, match="wmdd_lambda has no axis: bn_term is 'global'"):
+        plot_sweep.draw(rows, swept, LABELS)
+    swept["wmdd_lambda10"] = {"entry": "wmdd_rate", "key": "learning_rate", "value": 10}
+    with pytest.raises(UserError, match="sweeps of lambda_bn and learning_rate"):
+        plot_sweep.draw(rows, swept, LABELS)
+    with pytest.raises(UserError, match="no measured member of a sweep"):
+        plot_sweep.draw(rows, {}, LABELS)
 
 
 def test_saving_without_dates(tmp_path):
@@ -517,6 +575,8 @@ def page(tmp_path) -> tuple[str, Resources]:
         "items": items,
         "config": {"seed": 7, **blocks},
         "laid_over": ["presets/a.yaml", "mine.yaml"],
+        "overridden": ["seed=1", 'student_seeds={"a": 2}'],
+        "held_out": [],
     }
     parts = [str(tmp_path / n) for n in ("main.csv", "cost.csv", "curve.png")]
     header = make_header("describe_dataset", {"dataset": "imagenette"}, {}, "")
@@ -548,7 +608,8 @@ def test_page_holds_every_item_with_its_command_and_files(page):
     assert {"main", "cost", "curve", "provenance"} <= resources.ids
     for name in ("main", "cost", "curve"):
         assert f'href="#{name}"' in text
-        assert f"snakemake --cores 2 {name} --configfile presets/a.yaml mine.yaml</code>" in text
+        command = f"snakemake --cores 2 {name} --configfile presets/a.yaml mine.yaml --config seed=1"
+        assert f"{command} 'student_seeds={{\"a\": 2}}'</code>" in html.unescape(text)
     for file in ("main.csv", "main.md", "main.tex", "cost.csv", "curve.png", "curve.pdf"):
         assert f'href="{file}"' in text
     assert 'href="curve.csv"' not in text  # there is none

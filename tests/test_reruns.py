@@ -125,6 +125,29 @@ def test_another_file_of_weights_or_of_a_set_made_elsewhere_is_taken_in(smoke, t
     assert run("--dry-run") == {"pretrain_teacher": 1, "import_images": 1, "gather_images": 1}
 
 
+def test_a_folder_made_elsewhere_that_changes_is_imported_again(smoke, tmp_path):
+    directory = Path(shutil.copytree(smoke, tmp_path / "run"))
+    theirs = Path(
+        shutil.copytree(smoke / "results/smoke/digits/distilled/wmdd/ipc1/png", tmp_path / "theirs")
+    )
+    (tmp_path / "overlay.yaml").write_text(
+        f"methods: {{theirs: {{kind: external, external: {theirs}}}}}\n", encoding="utf-8"
+    )
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "overlay.yaml")]
+    target = "results/smoke/digits/distilled/theirs/ipc1/images.safetensors"
+
+    def run(*options: str) -> dict[str, int]:
+        done = run_snakemake(directory, *options, target, *files, preset="")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return count_jobs(done.stdout + done.stderr)
+
+    assert run("--cores", "2") == {"import_images": 1, "gather_images": 1}
+    assert run("--dry-run") == {}
+    image = next(theirs.rglob("*.png"))
+    Image.new("RGB", Image.open(image).size).save(image)
+    assert run("--dry-run") == {"import_images": 1, "gather_images": 1}
+
+
 PHOTOS = """
 student_seeds: 1
 datasets: {{photos: {{source: imagefolder, root: "{}", resolution: 8, store_train: true, teacher: convnet}}}}

@@ -35,12 +35,7 @@ from wmdd_core.models import Classifier
 from wmdd_core.optimizers import Adam
 from wmdd_core.progress import Progress
 from wmdd_core.seeding import torch_generator
-
-SET_TERMS = ("mmd_linear", "mmd_rbf", "sliced_wasserstein")
-"""Feature terms that compare a class's set of features with a mini-batch of its real ones."""
-FEATURE_TERMS = ("barycenter", "cross_entropy", *SET_TERMS, "none")
-BN_TERMS = ("per_class", "global", "none")
-LOSS_FORMS = ("paper", "released")
+from wmdd_core.terms import BN_TERMS, FEATURE_TERMS, LOSS_FORMS, SET_TERMS
 
 VIEW_BLOCK = 500
 """Views are drawn for this many steps at once; part of what a seed means, so never a setting."""

@@ -37,7 +37,7 @@ PIXEL_RATIO = 2
 FORMATS = {"table": ("csv", "md", "tex"), "figure": ("png", "pdf", "csv")}
 
 CAPTIONS = {
-    "accuracy": "Top-1 accuracy on the real test set over the number of images per class: mean and sample"
+    "accuracy": "Top-1 accuracy on real test images over the number of images per class: mean and sample"
     " standard deviation. A dashed line is the ceiling, a student trained on all real"
     " images; hollow markers are published figures.",
     "gallery": "Distilled images beside real training images, a class in each row, in the order in which they"
@@ -126,10 +126,12 @@ def heading(name: str) -> str:
 # ---- the page --------------------------------------------------------------------------------
 
 
-def labels_of(config: Mapping) -> tuple[dict, dict]:
+def labels_of(settings: Mapping) -> tuple[dict, dict]:
     """(block → name → what people read, method → its place in a sweep), from the configuration."""
+    config = settings["config"]
     blocks = {"datasets": "title", "methods": "label", "students": "label", "recipes": "label"}
     labels = {b: {n: e.get(key, n) for n, e in config[b].items()} for b, key in blocks.items()}
+    labels["held_out"] = settings["held_out"]
     return labels, {m: e["swept"] for m, e in config["methods"].items() if "swept" in e}
 
 
@@ -143,8 +145,15 @@ def image_of(path: str) -> dict:
     return {"uri": uri, "width": round(width / PIXEL_RATIO), "height": round(height / PIXEL_RATIO)}
 
 
-def build_item(item: Mapping, path: str, page: str, config: Mapping, laid_over: Sequence[str]) -> dict:
-    """What the template needs to show one table or figure; `laid_over` are the run's own config files."""
+def command_of(name: str, settings: Mapping) -> str:
+    """The command that makes a table or figure of this run again."""
+    given = {"--configfile": settings["laid_over"], "--config": settings["overridden"]}
+    options = (part for option, values in given.items() if values for part in (option, *values))
+    return shlex.join(["snakemake", "--cores", "2", name, *options])
+
+
+def build_item(item: Mapping, path: str, page: str, settings: Mapping) -> dict:
+    """What the template needs to show one table or figure."""
     name, kind = item["name"], item["kind"]
     folder = os.path.dirname(page)
     files = [os.path.splitext(path)[0] + "." + f for f in FORMATS[kind]]
@@ -153,19 +162,17 @@ def build_item(item: Mapping, path: str, page: str, config: Mapping, laid_over: 
         "kind": kind,
         "title": item.get("title", heading(name).capitalize()),
         "caption": item.get("caption", ""),
-        "command": shlex.join(
-            ["snakemake", "--cores", "2", name, *(["--configfile", *laid_over] if laid_over else [])]
-        ),
+        "command": command_of(name, settings),
         "links": [
             (os.path.relpath(f, folder), Path(f).suffix[1:].upper()) for f in files if os.path.exists(f)
         ],
     }
     if kind == "figure":
-        default = CAPTIONS.get(config["figures"].get(name, {}).get("kind"), "")
+        default = CAPTIONS.get(settings["config"]["figures"].get(name, {}).get("kind"), "")
         return {**shown, "caption": shown["caption"] or default, "image": image_of(path)}
     rows = read_rows(path)
     if rows and set(COLUMNS) <= set(rows[0]):
-        return {**shown, "table": accuracy_table(rows, *labels_of(config))}
+        return {**shown, "table": accuracy_table(rows, *labels_of(settings))}
     return {**shown, "table": plain_table(Path(path).with_suffix(".md").read_text(encoding="utf-8"))}
 
 
@@ -196,7 +203,7 @@ def main(job: Job) -> None:
     settings, page = job.settings, job.output["page"]
     header = job.header()
     items = numbered(
-        build_item(item, path, page, settings["config"], settings["laid_over"])
+        build_item(item, path, page, settings)
         for item, path in zip(settings["items"], listed(job.input["parts"]), strict=True)
     )
     environment = jinja2.Environment(

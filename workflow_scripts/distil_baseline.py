@@ -31,11 +31,14 @@ def main(job: Job) -> None:
     def build_network(network_seed: int) -> torch.nn.Module:
         return build_model(**network_of(network, description), seed=network_seed).to(device)
 
-    if kind == "dm":
-        check_class_sizes(description, dataset, ipc)
-        initial, distil = draw_random(store, labels, index, seed, dataset, mean, std), distil_dm
-    else:
-        initial, distil = noise_images(len(labels), description["resolution"], (seed, dataset)), distil_dc
+    match kind:
+        case "dm":
+            check_class_sizes(description, dataset, ipc)
+            initial, distil = draw_random(store, labels, index, seed, dataset, mean, std), distil_dm
+        case "dc":
+            initial, distil = noise_images(len(labels), description["resolution"], (seed, dataset)), distil_dc
+        case _:
+            raise AssertionError(kind)
     inputs = [description["header"]]
     progress = job.progress(inputs)
     images, losses = distil(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from wmdd_core.artifacts import write_text
 from wmdd_core.errors import UserError
-from workflow_scripts.drawing import MARKERS, new_figure, save
+from workflow_scripts.drawing import DASHES, MARKERS, new_figure, save
 from workflow_scripts.job import Job, run
+from workflow_scripts.plot_accuracy import PANELS_ABREAST, panel_title, panels, select
 from workflow_scripts.tabulate_accuracy import Row, read_rows
 
 TITLES = {"lambda_bn": "λ, weight of the BatchNorm term"}
@@ -19,58 +22,99 @@ TONES = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
 
 
 def swept_rows(rows: Sequence[Row], swept: Mapping) -> list[dict]:
-    """The lines of the table whose method is a member of the sweep, with its value."""
-    return [
-        {**row, "value": float(swept[row["method"]]["value"])}
-        for row in rows
-        if row["method"] in swept and row["top1_mean"]
-    ]
+    """The lines of the table whose method is a member of a sweep, with the sweep's entry and the value."""
+    found = []
+    for row in rows:
+        if row["method"] not in swept or not row["top1_mean"]:
+            continue
+        member = swept[row["method"]]
+        if isinstance(member["value"], bool) or not isinstance(member["value"], int | float):
+            raise UserError(
+                f"the sweep {member['entry']} has no axis: {member['key']} is {member['value']!r}, no number;"
+                " show it as a table"
+            )
+        found.append({**row, "entry": member["entry"], "value": float(member["value"])})
+    return found
 
 
-def draw(rows: Sequence[Mapping], others: Sequence[Row], key: str, labels: Mapping) -> Figure:
-    """Lines with deviations over a logarithmic axis; a dotted line for each method that is not swept."""
-    figure = new_figure(5.4, 3.2)
-    axes = figure.subplots()
-    sizes = sorted({int(r["ipc"]) for r in rows})
-    for size, colour, marker in zip(sizes, TONES, MARKERS, strict=False):
-        own = sorted((r for r in rows if int(r["ipc"]) == size), key=lambda r: r["value"])
-        axes.errorbar(
-            [r["value"] for r in own],
-            [float(r["top1_mean"]) for r in own],
-            yerr=[float(r["top1_sd"] or 0) for r in own],
-            label=f"{size} image{'s' * (size > 1)} per class",
-            color=colour,
-            marker=marker,
-            capsize=2.5,
-            elinewidth=1,
-        )
+def styles_of(names: Iterable, styles: Sequence) -> dict:
+    """name → its style, from the first again where there are more names."""
+    return dict(zip(names, itertools.cycle(styles), strict=False))
+
+
+def draw_panel(
+    axes: Axes,
+    rows: Sequence[Mapping],
+    others: Sequence[Row],
+    tones: Mapping,
+    dashes: Mapping,
+    labels: Mapping,
+) -> None:
+    """A line with deviations for each sweep and size; a dotted one for each method that is not swept."""
+    for size, (colour, marker) in tones.items():
+        for entry in dashes:
+            own = [r for r in rows if int(r["ipc"]) == size and r["entry"] == entry]
+            if not own:
+                continue
+            own.sort(key=lambda r: r["value"])
+            name = f"{labels['methods'].get(own[0]['method'], entry)}, " if len(dashes) > 1 else ""
+            axes.errorbar(
+                [r["value"] for r in own],
+                [float(r["top1_mean"]) for r in own],
+                yerr=[float(r["top1_sd"] or 0) for r in own],
+                label=f"{name}{size} image{'s' * (size > 1)} per class",
+                color=colour,
+                marker=marker,
+                linestyle=dashes[entry],
+                capsize=2.5,
+                elinewidth=1,
+            )
         for other in (o for o in others if o["ipc"] == str(size) and o["top1_mean"]):
             axes.axhline(float(other["top1_mean"]), color=colour, linestyle=":", linewidth=1.2)
             name = labels["methods"].get(other["method"], other["method"])
-            axes.annotate(
-                name, (1.01, float(other["top1_mean"])), xycoords=("axes fraction", "data"), va="center"
-            )
+            place = (1.01, float(other["top1_mean"]))
+            axes.annotate(name, place, xycoords=("axes fraction", "data"), va="center")
     axes.set_xscale("log")
-    axes.set_xlabel(TITLES.get(key, key))
-    axes.set_ylabel("Top-1 accuracy (%)")
-    axes.legend()
+
+
+def draw(rows: Sequence[Row], swept: Mapping, labels: Mapping) -> Figure:
+    """The figure: a panel for each dataset, student and recipe over a logarithmic axis."""
+    members, found = swept_rows(rows, swept), panels(rows)
+    keys = sorted({swept[r["method"]]["key"] for r in members})
+    if len(keys) != 1:
+        told = f"sweeps of {' and '.join(keys)}" if keys else "no measured member of a sweep"
+        raise UserError(f"the table holds {told}; name the sweeps of one key among its methods")
+    tones = styles_of(sorted({int(r["ipc"]) for r in members}), list(zip(TONES, MARKERS, strict=False)))
+    dashes = styles_of(dict.fromkeys(r["entry"] for r in members), DASHES)
+    across = min(len(found), PANELS_ABREAST)
+    down = -(-len(found) // across)
+    several = [len({place[i] for place, _ in found}) > 1 for i in range(3)]
+    figure = new_figure(5.4, 3.2) if len(found) == 1 else new_figure(4.2 * across, 3.0 * down)
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes in grid.flat[len(found) :]:
+        axes.set_axis_off()
+    for number, (axes, (place, own)) in enumerate(zip(grid.flat, found, strict=False)):
+        others = [r for r in own if r["method"] not in swept]
+        draw_panel(axes, swept_rows(own, swept), others, tones, dashes, labels)
+        axes.legend()
+        if len(found) > 1:
+            axes.set_title(panel_title(place, several, labels), loc="left")
+        axes.set_xlabel(TITLES.get(keys[0], keys[0]))
+        if number % across == 0:
+            axes.set_ylabel("Top-1 accuracy (%)")
     return figure
 
 
 def main(job: Job) -> None:
-    figure, swept = job.settings["figure"], job.settings["swept"]
-    rows = read_rows(job.input["table"])
-    members = swept_rows(rows, swept)
-    if not members:
-        raise UserError(f"table {figure['table']} holds no member of a sweep; name a sweep among its methods")
-    (key,) = {swept[r["method"]]["key"] for r in members}
-    others = [r for r in rows if r["method"] not in swept]
-    save(draw(members, others, key, job.settings["labels"]), job.output)
+    rows, swept = select(read_rows(job.input["table"]), job.settings["figure"]), job.settings["swept"]
+    save(draw(rows, swept, job.settings["labels"]), job.output)
     text = io.StringIO()
-    columns = ["dataset", "ipc", "method", "value", "n_seeds", "top1_mean", "top1_sd"]
+    columns = ["dataset", "student", "recipe", "ipc", "method", "value", "n_seeds", "top1_mean", "top1_sd"]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(sorted(members, key=lambda r: (r["dataset"], int(r["ipc"]), r["value"])))
+    order = ("dataset", "student", "recipe", "entry")
+    members = swept_rows(rows, swept)
+    writer.writerows(sorted(members, key=lambda r: (*map(r.get, order), int(r["ipc"]), r["value"])))
     write_text(job.output["csv"], text.getvalue())
 
 

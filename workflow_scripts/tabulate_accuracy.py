@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,9 +234,14 @@ def pivot(rows: Sequence[Row], labels: Mapping, swept: Mapping) -> Pivot:
             line = groups.setdefault(title(row["student"], recipe), {}).setdefault(row["method"], {})
             line[row["dataset"], row["ipc"]] = row
 
+    methods = dict.fromkeys(r["method"] for r in rows if r["method"] not in swept)
+    shown = Counter(read("methods", m) for m in methods)
+
     def stub(method: str) -> list[str]:
         found = swept.get(method)
         name = read("methods", method)
+        if found is None and shown[name] > 1:  # by `like` without a label of its own
+            name = f"{name} ({method})"
         if not keys:
             return [name]
         if found is None:
@@ -316,7 +322,7 @@ def cell_text(row: Row | None) -> str:
 def describe(rows: Sequence[Row], labels: Mapping) -> str:
     """What the numbers are, as a sentence or two under the table."""
     distilled = [r for r in rows if r["ipc"] != ALL]
-    text = "Top-1 accuracy (%) on the real test set" + deviations(rows)
+    text = f"Top-1 accuracy (%) on {tested_on(rows, labels)}{deviations(rows)}"
     for word, block, key in (("student", "students", "student"), ("recipe", "recipes", "recipe")):
         names = list(dict.fromkeys(r[key] for r in distilled))
         if len(names) == 1:
@@ -333,6 +339,17 @@ def describe(rows: Sequence[Row], labels: Mapping) -> str:
     if sources:
         text += f" In parentheses: the published figure ({', '.join(sources)})."
     return text
+
+
+def tested_on(rows: Sequence[Row], labels: Mapping) -> str:
+    """The images that the numbers are of; `labels["held_out"]` are datasets whose test set is left unread."""
+    datasets = list(dict.fromkeys(r["dataset"] for r in rows))
+    held_out = [d for d in datasets if d in labels.get("held_out", ())]
+    part = "a held-out part of the training set"
+    if len(held_out) == len(datasets):
+        return part
+    names = ", ".join(labels.get("datasets", {}).get(d, d) for d in held_out)
+    return "the real test set" + (f" ({names}: {part})" if held_out else "")
 
 
 def deviations(rows: Sequence[Row]) -> str:
