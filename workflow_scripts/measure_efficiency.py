@@ -207,7 +207,7 @@ def build_shown(rows: list[dict[str, str]]) -> list[list[str]]:
     shown = [["Method", "Time per iteration (s)", "Peak memory (GiB)", "Total time (s)"]]
     for row in rows:
         sd = row["seconds_per_iteration_sd"]
-        time = format_mean_sd(float(row["seconds_per_iteration_mean"]), float(sd) if sd else None, 3)
+        time = format_mean_sd(float(row["seconds_per_iteration_mean"]), float(sd) if sd else None, 4)
         theirs = f"{row['published_seconds_mean']} ± {row['published_seconds_sd']}"
         shown.append(
             [
