@@ -285,6 +285,16 @@ def evaluate_all_real_settings(w):
 # ---- what lies behind a job ------------------------------------------------------------------
 
 
+MAKERS = {
+    "recover": "recover_images",
+    "select": "select_images",
+    "dm": "distil_baseline",
+    "dc": "distil_baseline",
+    "external": "import_images",
+}
+"""Kind of a method → the rule that makes its images."""
+
+
 def steps_before(step, w):
     """The steps whose artefacts a job of rule `step` reads, as (rule, wildcards that decide on their settings)."""
     data = {"dataset": w.dataset}
@@ -308,8 +318,7 @@ def steps_before(step, w):
             found.append(("compute_barycenter", {**teacher, "barycenter": method["barycenter"]}))
         return found
     if step == "gather_images":
-        kinds = {"recover": "recover_images", "select": "select_images", "external": "import_images"}
-        return [(kinds.get(method["kind"], "distil_baseline"), {**place, "ipc": w.ipc})]
+        return [(MAKERS[method["kind"]], {**place, "ipc": w.ipc})]
     sets, labeller = ("gather_images", {**place, "ipc": w.ipc}), {**data, "teacher": labeller_of(w)}
     if step == "relabel_images":
         return [sets, ("pretrain_teacher", labeller)]
@@ -623,10 +632,9 @@ def cost_benchmarks(cell, recipe):
     """
     place = SimpleNamespace(**cell)
     method, place.teacher = method_of(place), teacher_of(place)
-    maker = {"recover": "recover_images", "select": "select_images"}.get(method["kind"], "distil_baseline")
     folder = f"{cell['method']}/ipc{cell['ipc']}"
     found = {
-        "recovery": [f"{maker}/{cell['dataset']}/{folder}/shard{s}" for s in shards_of(place)],
+        "recovery": [f"{MAKERS[method['kind']]}/{cell['dataset']}/{folder}/shard{s}" for s in shards_of(place)],
         "relabel": [f"relabel_images/{cell['dataset']}/{recipe}/{folder}"],
         "training": [
             f"evaluate_student/{cell['dataset']}/{recipe}/{folder}/{cell['student']}/seed{s}"
@@ -742,11 +750,6 @@ def displayed(path):
     return str(path)
 
 
-def given_in_command():
-    """What `--config` gave."""
-    return workflow.config_settings.config or {}
-
-
 @settings_for
 def build_page_settings(w):
     return {
@@ -756,7 +759,8 @@ def build_page_settings(w):
         "config": config,
         "laid_over": [displayed(path) for path in workflow.overwrite_configfiles],
         "overridden": [
-            f"{k}={v if isinstance(v, str) else canonical(v)}" for k, v in given_in_command().items()
+            f"{key}={value if isinstance(value, str) else canonical(value)}"
+            for key, value in (workflow.config_settings.config or {}).items()
         ],
         "template": content_of("report/page.html"),
     }

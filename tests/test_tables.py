@@ -218,7 +218,7 @@ def test_a_single_iteration_has_no_deviation_and_an_unknown_method_no_published_
     job = Job("measure_efficiency", {}, {}, {}, settings, "code", "cpu", 1, "-")
     row = build_row(job, "own", Measured([0.5], 3 * 2**30, "memory", "machine"), 1.0, {})
     assert (row["seconds_per_iteration_sd"], row["total_seconds"]) == ("", "101.00")
-    assert build_shown([row])[1] == ["Own", "0.500", "3.00", "101.0"]
+    assert build_shown([row])[1] == ["Own", "0.5000", "3.00", "101.0"]
 
 
 def test_a_measurement_has_a_process_of_its_own():
