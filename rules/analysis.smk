@@ -5,14 +5,7 @@ rule measure_distances:
     input:
         unpack(measure_distances_input),
     output:
-        png=report(
-            f"{FIGURE}.png",
-            category="Figures",
-            caption="../report/figure.rst",
-            labels={"figure": "{figure}"},
-        ),
-        pdf=f"{FIGURE}.pdf",
-        csv=f"{FIGURE}.csv",
+        **figure_files(),
     log:
         log_of("measure_distances", "{figure}"),
     benchmark:
@@ -24,9 +17,7 @@ rule measure_distances:
     resources:
         local_gpu=local_gpu,
     params:
-        settings=settings_of("measure_distances"),
-        code=code_of("measure_distances"),
-        job=describe_job,
+        **params_of("measure_distances"),
     message:
         "Figure {wildcards.figure}"
     shell:
@@ -37,14 +28,7 @@ rule embed_tsne:
     input:
         unpack(embed_tsne_input),
     output:
-        png=report(
-            f"{FIGURE}.png",
-            category="Figures",
-            caption="../report/figure.rst",
-            labels={"figure": "{figure}"},
-        ),
-        pdf=f"{FIGURE}.pdf",
-        csv=f"{FIGURE}.csv",
+        **figure_files(),
         points=f"{FIGURE}.points.csv",
     log:
         log_of("embed_tsne", "{figure}"),
@@ -57,9 +41,7 @@ rule embed_tsne:
     resources:
         local_gpu=local_gpu,
     params:
-        settings=settings_of("embed_tsne"),
-        code=code_of("embed_tsne"),
-        job=describe_job,
+        **params_of("embed_tsne"),
     message:
         "Figure {wildcards.figure}"
     shell:
@@ -70,14 +52,7 @@ rule trace_barycenters:
     input:
         unpack(trace_barycenters_input),
     output:
-        png=report(
-            f"{FIGURE}.png",
-            category="Figures",
-            caption="../report/figure.rst",
-            labels={"figure": "{figure}"},
-        ),
-        pdf=f"{FIGURE}.pdf",
-        csv=f"{FIGURE}.csv",
+        **figure_files(),
     log:
         log_of("trace_barycenters", "{figure}"),
     benchmark:
@@ -87,9 +62,7 @@ rule trace_barycenters:
     conda:
         "../envs/wmdd.yaml"
     params:
-        settings=settings_of("trace_barycenters"),
-        code=code_of("trace_barycenters"),
-        job=describe_job,
+        **params_of("trace_barycenters"),
     message:
         "Figure {wildcards.figure}"
     shell:

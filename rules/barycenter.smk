@@ -14,10 +14,7 @@ rule compute_barycenter:
     conda:
         "../envs/wmdd.yaml"
     params:
-        settings=settings_of("compute_barycenter"),
-        code=code_of("compute_barycenter"),
-        behind=behind_of("compute_barycenter"),
-        job=describe_job,
+        **step_params("compute_barycenter"),
     message:
         "Barycenter of class {wildcards.block} of {wildcards.dataset}, {wildcards.ipc} per class"
     shell:

@@ -10,12 +10,9 @@ import yaml
 
 sys.path.insert(0, workflow.basedir)
 from rules.configuration import (
-    lineage_name,
     ConfigError,
-    canonical,
     code_hash,
     count_gpus,
-    digest,
     entry_name,
     prepare,
     prepare_environment,
@@ -24,6 +21,7 @@ from rules.configuration import (
     unknown,
 )
 from rules.scheduling import repair_scheduler
+from wmdd_core.digests import canonical, digest, lineage_name
 from wmdd_core.errors import UserError
 from wmdd_core.layouts import class_count
 from wmdd_core.sharding import shard_members, shard_total
@@ -258,6 +256,30 @@ def describe_job(wildcards, input, output):
             "device": config["device"],
         }
     )
+
+
+def params_of(rule):
+    """What a rule hands to its script, and what reruns it when it changes."""
+    return {"settings": settings_of(rule), "code": code_of(rule), "job": describe_job}
+
+
+def step_params(rule):
+    """As `params_of`, for a rule whose inputs other steps make."""
+    return {**params_of(rule), "behind": behind_of(rule)}
+
+
+def table_files(name, caption):
+    """A table's files as a rule's outputs; `name` is a wildcard, `caption` is for the engine's own report."""
+    labels = {"table": name, "format": "CSV"}
+    csv = report(table_csv(name), category="Tables", caption=f"../report/{caption}", labels=labels)
+    return {"csv": csv, "md": f"{TABLE}.md".format(table=name), "tex": f"{TABLE}.tex".format(table=name)}
+
+
+def figure_files():
+    """A figure's files as a rule's outputs."""
+    labels = {"figure": "{figure}"}
+    png = report(f"{FIGURE}.png", category="Figures", caption="../report/figure.rst", labels=labels)
+    return {"png": png, "pdf": f"{FIGURE}.pdf", "csv": f"{FIGURE}.csv"}
 
 
 def table_csv(table):

@@ -9,8 +9,6 @@ from __future__ import annotations
 import ast
 import copy
 import difflib
-import hashlib
-import json
 import math
 import os
 import re
@@ -19,6 +17,7 @@ import sys
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 
+from wmdd_core.digests import digest
 from wmdd_core.memory import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +32,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 INFRASTRUCTURE = {
     "wmdd_core.artifacts",
+    "wmdd_core.digests",
     "wmdd_core.errors",
     "wmdd_core.memory",
     "wmdd_core.progress",
@@ -43,25 +43,6 @@ INFRASTRUCTURE = {
 
 class ConfigError(Exception):
     """One line for the user: the key, what was received, what is allowed."""
-
-
-def canonical(value: object) -> str:
-    """JSON with sorted keys and no spaces: what a rule passes as its one `settings` parameter.
-
-    Snakemake compares the parameters of a rule as a set of values without names, so separate
-    parameters that swap their values would go unnoticed.
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
-def digest(value: object) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of `canonical(value)`."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
-
-
-def lineage_name(rule: str, wildcards: Mapping) -> str:
-    """A rule's key in an artefact's lineage, as `wmdd_core.artifacts.lineage_name` writes it."""
-    return f"{rule} ({wildcards['teacher']})" if "teacher" in wildcards else rule
 
 
 def set_name(method: str, number: int) -> str:

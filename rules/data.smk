@@ -11,9 +11,7 @@ rule describe_dataset:
     conda:
         "../envs/wmdd.yaml"
     params:
-        settings=settings_of("describe_dataset"),
-        code=code_of("describe_dataset"),
-        job=describe_job,
+        **params_of("describe_dataset"),
     message:
         "Describe dataset {wildcards.dataset}"
     shell:
@@ -32,10 +30,7 @@ rule decode_images:
     conda:
         "../envs/wmdd.yaml"
     params:
-        settings=settings_of("decode_images"),
-        code=code_of("decode_images"),
-        behind=behind_of("decode_images"),
-        job=describe_job,
+        **step_params("decode_images"),
     message:
         "Decode the {wildcards.split} images of {wildcards.dataset}"
     shell:

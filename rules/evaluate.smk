@@ -18,10 +18,7 @@ rule evaluate_student:
     resources:
         local_gpu=local_gpu,
     params:
-        settings=settings_of("evaluate_student"),
-        code=code_of("evaluate_student"),
-        behind=behind_of("evaluate_student"),
-        job=describe_job,
+        **step_params("evaluate_student"),
     message:
         "Evaluate {wildcards.method} on {wildcards.dataset}, {wildcards.ipc} per class, {wildcards.student},"
         " seed {wildcards.seed}"
@@ -48,10 +45,7 @@ rule evaluate_all_real:
     resources:
         local_gpu=local_gpu,
     params:
-        settings=settings_of("evaluate_all_real"),
-        code=code_of("evaluate_all_real"),
-        behind=behind_of("evaluate_all_real"),
-        job=describe_job,
+        **step_params("evaluate_all_real"),
     message:
         "Train {wildcards.student} on all real images of {wildcards.dataset}, seed {wildcards.seed}"
     shell:

@@ -20,10 +20,7 @@ rule extract_features:
     resources:
         local_gpu=local_gpu,
     params:
-        settings=settings_of("extract_features"),
-        code=code_of("extract_features"),
-        behind=behind_of("extract_features"),
-        job=describe_job,
+        **step_params("extract_features"),
     message:
         "Extract features of {wildcards.dataset} with teacher {wildcards.teacher}"
     shell:

@@ -358,7 +358,7 @@ def table_cells(table):
     spec, cells = config["tables"][table], []
     seeds = spec.get("seeds", config["student_seeds"])
     for dataset in spec["datasets"]:
-        settings = resolve_lists(spec, dataset, table)
+        settings = resolve_lists(spec, dataset, f"tables.{table}")
         for method in expand_methods(settings["methods"]):
             kind = entry("methods", method, dataset)["kind"]
             recipes = [REAL["recipe"]] if kind == "real" else list(settings["recipes"])
@@ -378,9 +378,9 @@ def table_cells(table):
     return cells
 
 
-def resolve_lists(spec, dataset, name):
+def resolve_lists(spec, dataset, where):
     try:
-        return resolve(spec, dataset, f"tables.{name}")
+        return resolve(spec, dataset, where)
     except ConfigError as error:
         stop(error)
 
@@ -435,7 +435,6 @@ def tabulate_accuracy_settings(w):
     cells = table_cells(w.table)
     spec = config["tables"][w.table]
     return {
-        "name": w.table,
         "published": content_of("report/published.csv"),
         "title": spec.get("title", w.table),
         "cells": cells,
@@ -455,8 +454,16 @@ def figures_of_kind(kind):
     return names(n for n, f in config["figures"].items() if f["kind"] == kind)
 
 
+@functools.cache
+def figure_named(name):
+    """What the configuration says of a figure, and of one dataset if it is of one."""
+    spec = config["figures"][name]
+    datasets = spec.get("datasets", [])
+    return resolve_lists(spec, datasets[0], f"figures.{name}") if len(datasets) == 1 else spec
+
+
 def figure_of(w):
-    return config["figures"][w.figure]
+    return figure_named(w.figure)
 
 
 def appearance():
@@ -588,7 +595,7 @@ def cost_cells(w):
     """The cells of the cost table: wildcards of `evaluate_student` but for the recipe."""
     cells, spec = [], figure_of(w)
     for dataset in needed(w, "datasets"):
-        settings = resolve_lists(pick(spec, "methods", "ipc"), dataset, w.figure)
+        settings = resolve_lists(pick(spec, "methods", "ipc"), dataset, f"figures.{w.figure}")
         for ipc, method in itertools.product(settings["ipc"], list(expand_methods(settings["methods"]))):
             if entry("methods", method, dataset)["kind"] == "real":
                 stop(f"figures.{w.figure}.methods: {method} makes no distilled set; remove it")
@@ -634,7 +641,9 @@ def cost_benchmarks(cell, recipe):
     method, place.teacher = method_of(place), teacher_of(place)
     folder = f"{cell['method']}/ipc{cell['ipc']}"
     found = {
-        "recovery": [f"{MAKERS[method['kind']]}/{cell['dataset']}/{folder}/shard{s}" for s in shards_of(place)],
+        "recovery": [
+            f"{MAKERS[method['kind']]}/{cell['dataset']}/{folder}/shard{s}" for s in shards_of(place)
+        ],
         "relabel": [f"relabel_images/{cell['dataset']}/{recipe}/{folder}"],
         "training": [
             f"evaluate_student/{cell['dataset']}/{recipe}/{folder}/{cell['student']}/seed{s}"

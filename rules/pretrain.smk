@@ -21,10 +21,7 @@ rule pretrain_teacher:
     resources:
         local_gpu=local_gpu,
     params:
-        settings=settings_of("pretrain_teacher"),
-        code=code_of("pretrain_teacher"),
-        behind=behind_of("pretrain_teacher"),
-        job=describe_job,
+        **step_params("pretrain_teacher"),
         gpus=gpus_of_job,
     message:
         "Pretrain teacher {wildcards.teacher} on {wildcards.dataset}"

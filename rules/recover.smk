@@ -19,10 +19,7 @@ rule recover_images:
     resources:
         local_gpu=local_gpu,
     params:
-        settings=settings_of("recover_images"),
-        code=code_of("recover_images"),
-        behind=behind_of("recover_images"),
-        job=describe_job,
+        **step_params("recover_images"),
     message:
         "Recover {wildcards.method} on {wildcards.dataset}, {wildcards.ipc} per class, shard {wildcards.shard}"
     shell:
@@ -46,10 +43,7 @@ rule select_images:
     conda:
         "../envs/wmdd.yaml"
     params:
-        settings=settings_of("select_images"),
-        code=code_of("select_images"),
-        behind=behind_of("select_images"),
-        job=describe_job,
+        **step_params("select_images"),
     message:
         "Select {wildcards.method} images of {wildcards.dataset}, {wildcards.ipc} per class"
     shell:
@@ -75,10 +69,7 @@ rule distil_baseline:
     resources:
         local_gpu=local_gpu,
     params:
-        settings=settings_of("distil_baseline"),
-        code=code_of("distil_baseline"),
-        behind=behind_of("distil_baseline"),
-        job=describe_job,
+        **step_params("distil_baseline"),
     message:
         "Distil {wildcards.method} on {wildcards.dataset}, {wildcards.ipc} per class"
     shell:
@@ -103,11 +94,8 @@ rule import_images:
     conda:
         "../envs/wmdd.yaml"
     params:
-        settings=settings_of("import_images"),
-        code=code_of("import_images"),
+        **step_params("import_images"),
         listing=external_listing,
-        behind=behind_of("import_images"),
-        job=describe_job,
     message:
         "Import {wildcards.method} for {wildcards.dataset}, {wildcards.ipc} per class"
     shell:
@@ -133,10 +121,7 @@ rule gather_images:
     conda:
         "../envs/wmdd.yaml"
     params:
-        settings=settings_of("gather_images"),
-        code=code_of("gather_images"),
-        behind=behind_of("gather_images"),
-        job=describe_job,
+        **step_params("gather_images"),
     message:
         "Gather {wildcards.method} on {wildcards.dataset}, {wildcards.ipc} per class"
     shell:

@@ -18,10 +18,7 @@ rule relabel_images:
     resources:
         local_gpu=local_gpu,
     params:
-        settings=settings_of("relabel_images"),
-        code=code_of("relabel_images"),
-        behind=behind_of("relabel_images"),
-        job=describe_job,
+        **step_params("relabel_images"),
     message:
         "Relabel {wildcards.method} on {wildcards.dataset}, {wildcards.ipc} per class, recipe {wildcards.recipe}"
     shell:

@@ -7,14 +7,7 @@ rule tabulate_accuracy:
     input:
         evaluations=lambda w: evaluations(w.table),
     output:
-        csv=report(
-            f"{TABLE}.csv",
-            category="Tables",
-            caption="../report/table.rst",
-            labels={"table": "{table}", "format": "CSV"},
-        ),
-        md=f"{TABLE}.md",
-        tex=f"{TABLE}.tex",
+        **table_files("{table}", "table.rst"),
     log:
         log_of("tabulate_accuracy", "{table}"),
     benchmark:
@@ -22,9 +15,7 @@ rule tabulate_accuracy:
     conda:
         "../envs/wmdd.yaml"
     params:
-        settings=settings_of("tabulate_accuracy"),
-        code=code_of("tabulate_accuracy"),
-        job=describe_job,
+        **params_of("tabulate_accuracy"),
     message:
         "Table {wildcards.table}"
     shell:
@@ -38,14 +29,7 @@ rule plot_accuracy:
     input:
         table=lambda w: table_csv(figure_of(w)["table"]),
     output:
-        png=report(
-            f"{FIGURE}.png",
-            category="Figures",
-            caption="../report/figure.rst",
-            labels={"figure": "{figure}"},
-        ),
-        pdf=f"{FIGURE}.pdf",
-        csv=f"{FIGURE}.csv",
+        **figure_files(),
     log:
         log_of("plot_accuracy", "{figure}"),
     benchmark:
@@ -55,9 +39,7 @@ rule plot_accuracy:
     conda:
         "../envs/wmdd.yaml"
     params:
-        settings=settings_of("plot_accuracy"),
-        code=code_of("plot_accuracy"),
-        job=describe_job,
+        **params_of("plot_accuracy"),
     message:
         "Figure {wildcards.figure}"
     shell:
@@ -68,14 +50,7 @@ rule plot_sweep:
     input:
         table=lambda w: table_csv(figure_of(w)["table"]),
     output:
-        png=report(
-            f"{FIGURE}.png",
-            category="Figures",
-            caption="../report/figure.rst",
-            labels={"figure": "{figure}"},
-        ),
-        pdf=f"{FIGURE}.pdf",
-        csv=f"{FIGURE}.csv",
+        **figure_files(),
     log:
         log_of("plot_sweep", "{figure}"),
     benchmark:
@@ -85,9 +60,7 @@ rule plot_sweep:
     conda:
         "../envs/wmdd.yaml"
     params:
-        settings=settings_of("plot_sweep"),
-        code=code_of("plot_sweep"),
-        job=describe_job,
+        **params_of("plot_sweep"),
     message:
         "Figure {wildcards.figure}"
     shell:
@@ -98,14 +71,7 @@ rule plot_gallery:
     input:
         unpack(gallery_input),
     output:
-        png=report(
-            f"{FIGURE}.png",
-            category="Figures",
-            caption="../report/figure.rst",
-            labels={"figure": "{figure}"},
-        ),
-        pdf=f"{FIGURE}.pdf",
-        csv=f"{FIGURE}.csv",
+        **figure_files(),
     log:
         log_of("plot_gallery", "{figure}"),
     benchmark:
@@ -115,9 +81,7 @@ rule plot_gallery:
     conda:
         "../envs/wmdd.yaml"
     params:
-        settings=settings_of("plot_gallery"),
-        code=code_of("plot_gallery"),
-        job=describe_job,
+        **params_of("plot_gallery"),
     message:
         "Figure {wildcards.figure}"
     shell:
@@ -139,9 +103,7 @@ rule build_page:
     conda:
         "../envs/wmdd.yaml"
     params:
-        settings=settings_of("build_page"),
-        code=code_of("build_page"),
-        job=describe_job,
+        **params_of("build_page"),
     message:
         "Page {output.page}"
     shell:

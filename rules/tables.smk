@@ -7,14 +7,7 @@ rule measure_efficiency:
     input:
         unpack(measure_efficiency_input),
     output:
-        csv=report(
-            TABLE.format(table="{figure}.csv"),
-            category="Tables",
-            caption="../report/figure.rst",
-            labels={"table": "{figure}", "format": "CSV"},
-        ),
-        md=TABLE.format(table="{figure}.md"),
-        tex=TABLE.format(table="{figure}.tex"),
+        **table_files("{figure}", "figure.rst"),
     log:
         log_of("measure_efficiency", "{figure}"),
     benchmark:
@@ -28,9 +21,7 @@ rule measure_efficiency:
     resources:
         local_gpu=local_gpu,
     params:
-        settings=settings_of("measure_efficiency"),
-        code=code_of("measure_efficiency"),
-        job=describe_job,
+        **params_of("measure_efficiency"),
     message:
         "Table {wildcards.figure}: time and memory, alone on the machine"
     shell:
@@ -44,14 +35,7 @@ rule tabulate_cost:
     input:
         unpack(tabulate_cost_input),
     output:
-        csv=report(
-            TABLE.format(table="{figure}.csv"),
-            category="Tables",
-            caption="../report/figure.rst",
-            labels={"table": "{figure}", "format": "CSV"},
-        ),
-        md=TABLE.format(table="{figure}.md"),
-        tex=TABLE.format(table="{figure}.tex"),
+        **table_files("{figure}", "figure.rst"),
     log:
         log_of("tabulate_cost", "{figure}"),
     benchmark:
@@ -61,9 +45,7 @@ rule tabulate_cost:
     conda:
         "../envs/wmdd.yaml"
     params:
-        settings=settings_of("tabulate_cost"),
-        code=code_of("tabulate_cost"),
-        job=describe_job,
+        **params_of("tabulate_cost"),
     message:
         "Table {wildcards.figure}"
     shell:
@@ -75,14 +57,7 @@ rule tabulate_cost:
 
 rule tabulate_hyperparameters:
     output:
-        csv=report(
-            TABLE.format(table="{figure}.csv"),
-            category="Tables",
-            caption="../report/figure.rst",
-            labels={"table": "{figure}", "format": "CSV"},
-        ),
-        md=TABLE.format(table="{figure}.md"),
-        tex=TABLE.format(table="{figure}.tex"),
+        **table_files("{figure}", "figure.rst"),
     log:
         log_of("tabulate_hyperparameters", "{figure}"),
     benchmark:
@@ -92,9 +67,7 @@ rule tabulate_hyperparameters:
     conda:
         "../envs/wmdd.yaml"
     params:
-        settings=settings_of("tabulate_hyperparameters"),
-        code=code_of("tabulate_hyperparameters"),
-        job=describe_job,
+        **params_of("tabulate_hyperparameters"),
     message:
         "Table {wildcards.figure}"
     shell:

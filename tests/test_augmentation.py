@@ -80,11 +80,30 @@ def test_cutmix_pastes_the_patch_and_nothing_else():
     assert torch.equal(mix_views(views, own, partners)[0, 0], wanted)
 
 
-def test_cutmix_share_is_beta_one_one():
-    patch = draw_views(20000, 64, torch_generator(5), cutmix=True).patch.double()
-    whole = (patch[:, 0] > 0) & (patch[:, 1] > 0) & (patch[:, :2] + patch[:, 2:] < 64).all(1)
-    share = patch[whole, 2] * patch[whole, 3] / 64**2
-    assert share.min() >= 0 and share.max() < 1
+def test_cutmix_boxes_are_distributed_as_torchvisions():
+    from torchvision.transforms.v2 import CutMix
+
+    count, size = 20000, 64
+    ours = draw_views(count, size, torch_generator(5), cutmix=True).patch.double()
+    torch.manual_seed(0)
+    theirs, cutmix = [], CutMix(num_classes=2)
+    for _ in range(count // 4):
+        x1, y1, x2, y2 = cutmix.make_params([torch.zeros(2, 3, size, size)])["box"]
+        theirs.append([y1, x1, y2 - y1, x2 - x1])
+    theirs = torch.tensor(theirs).double()
+    share = [(p[:, 2] * p[:, 3])[:, None] for p in (ours, theirs)]
+    ours, theirs = (torch.cat([p, s], 1) for p, s in zip((ours, theirs), share, strict=True))
+    # Means and deviations within four standard errors of their differences.
+    error = theirs.std(0) * (1 / len(ours) + 1 / len(theirs)) ** 0.5
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 4 * error).all()
+    assert ((ours.std(0) - theirs.std(0)).abs() < 4 * error).all()
+
+
+def test_half_of_the_views_are_mirrored():
+    assert abs(draw_views(20000, 8, torch_generator(9), flip=True).flip.float().mean() - 0.5) < 0.02
+
+
+def test_partners_are_a_permutation():
     partner = draw_views(100, 64, torch_generator(5), cutmix=True).partner
     assert torch.equal(partner.sort().values, torch.arange(100))
 

@@ -14,14 +14,13 @@ from rules.configuration import (
     INFRASTRUCTURE,
     ROOT,
     ConfigError,
-    canonical,
     code_hash,
-    digest,
     expand_entries,
     prepare,
     resolve,
     unknown,
 )
+from wmdd_core.digests import canonical, digest
 
 SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text(encoding="utf-8"))
 

@@ -42,6 +42,29 @@ def test_each_file_is_seen_once_in_an_epoch_with_its_label(source):
         assert torch.equal(labels, (values >= 100).long())
 
 
+def test_an_item_is_the_drawn_crop_of_its_image_upright_or_mirrored(tmp_path):
+    """Images whose every pixel differs: a grey one looks the same however it is cut."""
+    for label, name in enumerate("ab"):
+        for split in ("train", "test"):
+            (tmp_path / split / name).mkdir(parents=True)
+            pixels = np.random.default_rng(label).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / name / "0.png")
+    settings = {"source": "imagefolder", "root": str(tmp_path), "resolution": 16, "seed": 0}
+    source, mirrored = open_source(settings, "train"), set()
+    crops = FileCrops(source, 16, (0, "names"), 0.3, True)
+    items = [(epoch, i) for epoch in range(8) for i in range(2)]
+    for epoch, i in items:
+        image, generator = source.image(i), torch_generator(0, "names", "crop", epoch, i)
+        top, left, height, width = draw_crop(40, 60, 0.3, generator)
+        cut = image.resize((16, 16), Image.Resampling.BILINEAR, (left, top, left + width, top + height))
+        wanted, (found, label) = torch.from_numpy(np.array(cut)).permute(2, 0, 1), crops[epoch, i]
+        flipped = bool(torch.rand((), generator=generator) < 0.5)
+        assert label == i and torch.equal(found, wanted.flip(-1) if flipped else wanted)
+        mirrored.add(flipped)
+    assert mirrored == {False, True}
+    assert len({crops[item][0].numpy().tobytes() for item in items}) == len(items)
+
+
 def test_workers_and_repetition_change_no_pixel(source):
     crops = FileCrops(source, 16, (0, "names"), 0.3, True)
     one, two = (

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, planned, run_snakemake
 
+from workflow_scripts.status import count_jobs
+
 pytestmark = pytest.mark.workflow
 
 
@@ -276,6 +278,48 @@ def test_more_images_per_class_than_there_are_is_told_by_the_job(smoke, tmp_path
     assert done.returncode == 1 and "fewer than ipc 500; lower ipc" in told
     assert "Traceback" not in told
     assert not (smoke / target).exists()
+
+
+EVERY_KIND = """
+classes_per_job: 5
+student_seeds: 1
+datasets: {digits: {store_train: false}}
+methods:
+  dm: {iterations: 2}
+  dc: {iterations: 2}
+  wmdd_real: {like: wmdd, start: real}
+  wmdd_lambda: {iterations: 3, sweep: {lambda_bn: [1, 100]}}
+recipes: {hard: {epochs: 2}}
+tables:
+  main: {methods: [kmeans_real, dm, dc, wmdd_real, wmdd_lambda], ipc: [1], recipes: [hard]}
+  lambda: {methods: [wmdd_lambda], ipc: [1], recipes: [hard]}
+"""
+
+
+def test_every_kind_of_method_runs_and_images_are_read_from_files(smoke, tmp_path):
+    (tmp_path / "kinds.yaml").write_text(EVERY_KIND, encoding="utf-8")
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "kinds.yaml")]
+    directory = Path(shutil.copytree(smoke, tmp_path / "run"))
+    done = run_snakemake(directory, "--cores", "2", "main", "lambda_sensitivity", *files, preset="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = directory / "results/smoke/report"
+    rows = list(csv.DictReader((report / "tables/main.csv").open(encoding="utf-8")))
+    made = ["kmeans_real", "dm", "dc", "wmdd_real", "wmdd_lambda1", "wmdd_lambda100"]
+    assert [r["method"] for r in rows] == made and all(float(r["top1_mean"]) > 0 for r in rows)
+    assert {r["labels"] for r in rows} == {"hard"}
+    rows = list(csv.DictReader((report / "figures/lambda_sensitivity.csv").open(encoding="utf-8")))
+    assert [r["value"] for r in rows] == ["1.0", "100.0"]
+
+
+def test_a_figure_of_one_dataset_may_say_what_it_shows_by_dataset(smoke, tmp_path):
+    (tmp_path / "by.yaml").write_text(
+        "figures: {gallery: {ipc: {digits: [2], default: [50]}, methods: {digits: [random]}}}",
+        encoding="utf-8",
+    )
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "by.yaml")]
+    done = run_snakemake(smoke, "--dry-run", "gallery", *files, preset="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert count_jobs(done.stdout + done.stderr) == {"plot_gallery": 1}
 
 
 def test_distances_of_sets_that_no_teacher_made_are_measured_in_its_features(smoke, tmp_path):

@@ -8,7 +8,6 @@ so equal work gives equal bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -21,24 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from wmdd_core.digests import canonical, digest, lineage_name
 from wmdd_core.errors import UserError
 
 PACKAGES = ("numpy", "torch", "torchvision", "POT", "scikit-learn", "pillow")
-
-
-def canonical(value: object) -> str:
-    """JSON with sorted keys and no spaces: equal settings give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
-def digest(value: object) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of `canonical(value)`."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
-
-
-def lineage_name(rule: str, wildcards: Mapping) -> str:
-    """A rule's key in a lineage; with the teacher's name, since there may be several teachers."""
-    return f"{rule} ({wildcards['teacher']})" if "teacher" in wildcards else rule
 
 
 def make_header(

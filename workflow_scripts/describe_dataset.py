@@ -1,7 +1,8 @@
 """Check a dataset and say what it holds: classes, counts, sizes, mean and deviation, unreadable files."""
 
-from wmdd_core.artifacts import digest, write_json
+from wmdd_core.artifacts import write_json
 from wmdd_core.data import describe
+from wmdd_core.digests import digest
 from workflow_scripts.job import Job, run
 
 

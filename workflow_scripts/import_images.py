@@ -5,9 +5,10 @@ import hashlib
 import numpy as np
 import torch
 
-from wmdd_core.artifacts import digest, write_tensors
+from wmdd_core.artifacts import write_tensors
 from wmdd_core.augmentation import normalise
 from wmdd_core.data import read_image_folder
+from wmdd_core.digests import digest
 from wmdd_core.errors import UserError
 from workflow_scripts.job import Job, run
 from workflow_scripts.real_images import normalisation

@@ -25,7 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from wmdd_core.artifacts import digest, make_header, read_json
+from wmdd_core.artifacts import make_header, read_json
+from wmdd_core.digests import digest
 from wmdd_core.errors import UserError
 from wmdd_core.memory import keep_freed_memory
 from wmdd_core.progress import Progress

@@ -1,0 +1,174 @@
+"""The steps of the main road hand on what the ones before have made: rows, weights, seeds, splits."""
+
+import numpy as np
+import pytest
+import torch
+
+from wmdd_core.artifacts import make_header, read_arrays, read_json, read_tensors, write_tensors
+from wmdd_core.barycenter import wasserstein_barycenter
+from wmdd_core.models import freeze
+from wmdd_core.relabeling import soft_label_loss
+from wmdd_core.seeding import numpy_generator
+from workflow_scripts import (
+    compute_barycenter,
+    decode_images,
+    describe_dataset,
+    evaluate_student,
+    extract_features,
+    gather_images,
+    pretrain_teacher,
+)
+from workflow_scripts.distilled_sets import embed_images
+from workflow_scripts.job import Job
+from workflow_scripts.real_images import load_teacher
+from workflow_scripts.recover_images import build_shard
+
+CPU, IPC = torch.device("cpu"), 12
+OUTPUT = {
+    describe_dataset: ("description.json",),
+    pretrain_teacher: ("checkpoint.safetensors", "metrics.json", "curve.csv"),
+    extract_features: ("features.npy", "index.json", "statistics.safetensors"),
+    compute_barycenter: ("barycenter.npz",),
+    gather_images: ("images.safetensors", "header.json", "losses.csv", "png"),
+    evaluate_student: ("evaluation.json",),
+}
+
+
+class Road:
+    def __init__(self, root):
+        self.root, self.files = root, {}
+
+    def job(self, rule, output, settings, **place):
+        place = {"dataset": "digits", **place}
+        state = str(self.root / "state")
+        return Job(rule, place, dict(self.files), output, settings, "code", "cpu", 1, state)
+
+    def make(self, module, settings, output=None, **place):
+        output = output or {n.split(".")[0]: str(self.root / n) for n in OUTPUT[module]}
+        module.main(self.job(module.__name__.split(".")[-1], output, settings, **place))
+        return output
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory):
+    road = Road(tmp_path_factory.mktemp("road"))
+    data = {"source": "digits", "resolution": 8, "test_fraction": 0.2, "classes": 10, "seed": 0}
+    road.files |= road.make(describe_dataset, data)
+    for split in ("train", "test"):
+        output = {"images": str(road.root / f"{split}.npy")}
+        road.files[split] = road.make(decode_images, data, output, split=split)["images"]
+    teacher = {
+        **{"architecture": "convnet", "width": 4, "depth": 2, "flip": False, "seed": 0},
+        **{"epochs": 1, "optimizer": "sgd", "learning_rate": 0.1, "batch_size": 100, "crop_scale_min": 0.5},
+    }
+    road.files["teacher"] = road.make(pretrain_teacher, teacher, teacher="t")["checkpoint"]
+    road.files |= road.make(extract_features, {}, teacher="t")
+    settings = {"weights": "learned", "max_iterations": 5, "seed": 0}
+    place = {"teacher": "t", "barycenter": "learned", "ipc": str(IPC), "block": "2-4"}
+    road.files["barycenters"] = [road.make(compute_barycenter, settings, **place)["barycenter"]]
+    return road
+
+
+@pytest.fixture
+def labels(road):
+    return np.repeat(np.arange(10), read_json(road.files["description"])["train"]["per_class"])
+
+
+def test_features_are_those_of_the_images_in_their_order(road, labels):
+    teacher, _ = load_teacher(road.files["teacher"], CPU)
+    description, images = read_json(road.files["description"]), torch.from_numpy(np.load(road.files["train"]))
+    wanted = embed_images(freeze(teacher), images, description, CPU)
+    np.testing.assert_allclose(np.load(road.files["features"]), wanted, rtol=1e-5, atol=1e-5)
+    assert read_json(road.files["index"])["offsets"] == np.searchsorted(labels, range(11)).tolist()
+
+
+def test_a_barycenter_is_that_of_its_classes_features_by_its_seed(road, labels):
+    arrays, _ = read_arrays(road.files["barycenters"][0])
+    features = np.load(road.files["features"]).astype(np.float64)
+    for row, c in enumerate(arrays["classes"]):
+        generator = numpy_generator(0, "digits", "barycenter", int(c), IPC)
+        wanted = wasserstein_barycenter(features[labels == c], IPC, generator=generator, max_iterations=5)
+        assert np.array_equal(arrays["support"][row], wanted.support)
+        assert np.array_equal(arrays["weights"][row], wanted.weights)
+
+
+@pytest.mark.parametrize(("numbers", "layout"), [(range(IPC), "whole_classes"), ([4, 5], "one_per_class")])
+def test_a_shard_pairs_atoms_weights_and_statistics(road, labels, numbers, layout):
+    shard, _ = build_shard(road.job("recover_images", {}, {}), [4, 2], list(numbers), layout)
+    arrays, _ = read_arrays(road.files["barycenters"][0])
+    for row, (g, i) in enumerate(zip(shard.group.tolist(), shard.index.tolist(), strict=True)):
+        place = [2, 3, 4].index([4, 2][g])
+        assert np.array_equal(shard.atoms[row], arrays["support"][place, i])
+        assert shard.weights[row] == arrays["weights"][place, i]
+    statistics, _ = read_tensors(road.files["statistics"])
+    for name, layer in shard.statistics.items():
+        assert all(torch.equal(v, statistics[f"{name}.{part}"]) for part, v in vars(layer).items())
+        assert (layer.var >= 0).all() and (layer.mean < 0).any()
+    assert shard.batch is None if layout == "whole_classes" else shard.batch.tolist() == [0, 1, 0, 1]
+    drawn = shard.real_features(4, 10, torch.Generator().manual_seed(0))
+    own = np.load(road.files["features"])[labels == 4]
+    assert len(drawn) == 10 and all((own == row.numpy()).all(1).any() for row in drawn)
+
+
+@pytest.fixture
+def gathered(road, tmp_path):
+    """Twelve images of each class in two shards, each pixel a number of its image's own, weights unlike."""
+    description = read_json(road.files["description"])
+    place = torch.randperm(10 * IPC, generator=torch.Generator().manual_seed(0))
+    own, index = place // IPC, place % IPC
+    mean, std = (torch.tensor(description[k]).view(3, 1, 1) for k in ("mean", "std"))
+    pixels = (place.view(-1, 1, 1, 1).expand(-1, 3, 8, 8) / 255 - mean) / std
+    paths = []
+    for half in (slice(None, 50), slice(50, None)):
+        tensors = {"images": pixels[half], "labels": own[half], "index": index[half]}
+        tensors["weights"] = 1.0 + index[half].double()
+        header = make_header("recover_images", {"dataset": "digits"}, {}, "", [description["header"]])
+        paths.append(str(tmp_path / f"{len(paths)}.safetensors"))
+        write_tensors(paths[-1], tensors, header)
+    road.files["shards"] = paths
+    output = {n.split(".")[0]: str(tmp_path / n) for n in OUTPUT[gather_images]}
+    return road.make(gather_images, {}, output, method="wmdd", ipc=str(IPC))
+
+
+def test_a_set_is_sorted_by_class_and_number_with_its_weights_and_pngs(gathered):
+    from torchvision.datasets import ImageFolder
+
+    tensors, _ = read_tensors(gathered["images"])
+    assert tensors["images"][:, 0, 0, 0].tolist() == list(range(10 * IPC))
+    assert tensors["labels"].tolist() == np.repeat(np.arange(10), IPC).tolist()
+    torch.testing.assert_close(tensors["weights"].view(10, IPC)[3], torch.arange(1.0, 13) / 78)
+    exported = [np.asarray(image)[0, 0, 0] for image, _ in ImageFolder(gathered["png"])]
+    assert exported == list(range(10 * IPC))
+
+
+def test_students_differ_by_seed_weigh_images_and_are_tested_on_the_test_set(
+    road, gathered, tmp_path, monkeypatch
+):
+    views = {"seed": 0, "crop_scale_min": 0.5, "flip": False, "cutmix": True}
+    recipe = {
+        **{"labels": "online", "temperature": 7, "epochs": 1, "batch_size": 50},
+        **{"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.5},
+    }
+    student = {"architecture": "convnet", "width": 4, "depth": 2}
+    settings = {"recipe": recipe, "views": views, "student": student}
+    road.files["images"] = gathered["images"]
+    seen = []
+    fit = evaluate_student.fit
+    monkeypatch.setattr(evaluate_student, "fit", lambda *a, **k: (seen.append(a), fit(*a, **k))[1])
+
+    def evaluate(seed, **more):
+        output = {"evaluation": str(tmp_path / "evaluation.json")}
+        place = {"method": "wmdd", "ipc": str(IPC), "recipe": "r", "student": "s", "seed": seed}
+        road.make(evaluate_student, {**settings, "recipe": {**recipe, **more}}, output, **place)
+        return read_json(output["evaluation"])
+
+    first, second, alike = evaluate("0"), evaluate("1"), evaluate("0", weighted=False)
+    assert first["count"] == read_json(road.files["description"])["test"]["count"]
+    assert len({e["train_loss"] for e in (first, second, alike)}) == 3
+    logits = torch.randn(2, 5, 10)
+    assert seen[0][3](*logits, torch.ones(5)) == soft_label_loss(7)(*logits, torch.ones(5))
+    weights = torch.cat([batch[-1] for batch in seen[0][2](0)])
+    torch.testing.assert_close(weights.sort().values[-10:], torch.full((10,), 12 * 12 / 78))
+    assert seen[0][1].decay_matrices_only
+    del road.files["teacher"]
+    assert evaluate("0", labels="hard")["labels"] == "hard"
