@@ -303,6 +303,13 @@ def test_keys_of_another_kind_are_told(entry, surplus):
     assert told.startswith(f"methods.x: {surplus}; remove it")
 
 
+def test_keys_of_another_kind_of_figure_are_told():
+    timed = {"kind": "efficiency", "datasets": ["digits"], "methods": ["wmdd"], "images": 3}
+    assert refusal("figures.x", timed).startswith(
+        "figures.x: kind efficiency does not read 'images'; remove it"
+    )
+
+
 def test_the_schema_knows_what_the_steps_read():
     """What recovery, DM and DC need without a default, and all that they take."""
     from dataclasses import MISSING, fields
