@@ -217,3 +217,14 @@ from wmdd_core.barycenter import wasserstein_barycenter
 wasserstein_barycenter(np.random.rand(30, 4), 3, generator=np.random.default_rng(0))
 """
     assert "torch" not in imported_by(code)
+
+
+def test_a_weight_falls_to_its_floor_and_no_further():
+    """Every atom becomes an image: none may weigh nothing."""
+    points = np.random.default_rng(0).normal(size=(40, 2))
+    start = points[:4].copy()
+    start[3] = 100
+    found = wasserstein_barycenter(
+        points, 4, generator=np.random.default_rng(0), initialisation=start, max_iterations=1
+    )
+    assert found.weights.min() == pytest.approx(1 / (4 * 40))

@@ -13,9 +13,11 @@ from workflow_scripts import (
     compute_barycenter,
     decode_images,
     describe_dataset,
+    evaluate_all_real,
     evaluate_student,
     extract_features,
     gather_images,
+    import_images,
     pretrain_teacher,
 )
 from workflow_scripts.distilled_sets import embed_images
@@ -172,3 +174,37 @@ def test_students_differ_by_seed_weigh_images_and_are_tested_on_the_test_set(
     assert seen[0][1].decay_matrices_only
     del road.files["teacher"]
     assert evaluate("0", labels="hard")["labels"] == "hard"
+
+
+def test_students_on_all_real_images_differ_by_seed_and_are_tested_on_the_test_set(road, tmp_path):
+    recipe = {"epochs": 1, "optimizer": "sgd", "learning_rate": 0.1, "batch_size": 100, "crop_scale_min": 0.5}
+    settings = {"recipe": recipe, "flip": False, "seed": 0}
+    settings["student"] = {"architecture": "convnet", "width": 4, "depth": 2}
+    output, found = {"evaluation": str(tmp_path / "evaluation.json")}, []
+    for seed in "01":
+        road.make(evaluate_all_real, settings, output, method="all_real", student="s", seed=seed)
+        found.append(read_json(output["evaluation"]))
+    assert found[0]["count"] == read_json(road.files["description"])["test"]["count"]
+    assert found[0]["train_loss"] != found[1]["train_loss"]
+
+
+def test_an_imported_set_is_known_by_its_pixels_and_weights(road, tmp_path):
+    """Its lineage, which everything made of it carries, tells one version from another."""
+    generator = np.random.default_rng(0)
+    arrays = {
+        "images": generator.integers(0, 256, (20, 3, 8, 8), dtype=np.uint8),
+        "labels": np.arange(20) // 2,
+    }
+    arrays["weights"] = np.tile([1.0, 3.0], 10)
+    lineages, file = [], tmp_path / "theirs.npz"
+    for change in (None, "images", "weights"):
+        if change:
+            arrays[change][7] += 1
+        np.savez(file, **arrays)
+        output = {"shard": str(tmp_path / "shard.safetensors")}
+        road.make(import_images, {"external": str(file)}, output, method="theirs", ipc="2", shard="0")
+        tensors, header = read_tensors(output["shard"])
+        lineages.append(header["lineage"]["import_images"])
+        assert tensors["index"].tolist() == [0, 1] * 10
+        assert tensors["weights"][:2].tolist() == [0.25, 0.75]
+    assert len(set(lineages)) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -278,6 +279,17 @@ def test_more_images_per_class_than_there_are_is_told_by_the_job(smoke, tmp_path
     assert done.returncode == 1 and "fewer than ipc 500; lower ipc" in told
     assert "Traceback" not in told
     assert not (smoke / target).exists()
+
+
+def test_a_methods_own_teacher_recovers_and_the_datasets_labels(smoke, tmp_path):
+    (tmp_path / "own.yaml").write_text(
+        "teachers: {other: {like: convnet}}\nmethods: {wmdd: {teacher: other}}", encoding="utf-8"
+    )
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "own.yaml")]
+    target = "results/smoke/digits/labels/wmdd/wmdd/ipc1/labels.npy"
+    done = run_snakemake(smoke, "--dry-run", "--printshellcmds", target, *files, preset="")
+    commands = re.findall(r"python -m workflow_scripts\.(\w+) .*?teachers/(\w+)/", done.stdout + done.stderr)
+    assert {"recover_images": "other", "relabel_images": "convnet"}.items() <= dict(commands).items()
 
 
 EVERY_KIND = """
