@@ -351,7 +351,7 @@ def behind_of(step):
 
 @functools.cache
 def table_cells(table):
-    """The sets of an accuracy table: wildcards of `evaluate_student`, the method's entry and a number of seeds.
+    """The sets of an accuracy table: wildcards of `evaluate_student`, the method's entry, a number of seeds.
 
     The sets of one cell follow each other.
     """
@@ -391,9 +391,9 @@ def evaluations(table):
 
 
 def expected_digests(jobs):
-    """rule → digests of settings and code that artefacts of these jobs, (rule, wildcards), may have in their lineage.
+    """rule → digests of settings and code that artefacts of these jobs may have in their lineage.
 
-    What a table is made of must have been made by this configuration; anything else is refused.
+    jobs: (rule, wildcards). What a table is made of must have been made by this configuration; anything else is refused.
     """
     found, seen, left = {}, set(), list(jobs)
     while left:

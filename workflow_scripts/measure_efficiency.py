@@ -17,17 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wmdd_core.augmentation import normalise
 from wmdd_core.barycenter import wasserstein_barycenter
-from wmdd_core.baselines import DC_LOOPS, distil_dc, distil_dm, noise_images
+from wmdd_core.baselines import DC_LOOPS
 from wmdd_core.errors import UserError
 from wmdd_core.features import extract_features
 from wmdd_core.memory import keep_freed_memory
 from wmdd_core.metrics import format_mean_sd, mean_and_sd
-from wmdd_core.models import build_model, freeze
+from wmdd_core.models import freeze
 from wmdd_core.recovery import RecoverySettings, recover_images
 from wmdd_core.seeding import numpy_generator
 from wmdd_core.timing import RESIDENT_MEMORY, IterationTimer, describe_machine, peak_memory, timed
+from workflow_scripts.distil_baseline import distil
 from workflow_scripts.job import Job, precision, run
 from workflow_scripts.plain_tables import write_table
 from workflow_scripts.real_images import (
@@ -98,29 +98,13 @@ def run_recovery(job: Job, settings: dict, timer: IterationTimer) -> None:
 
 def run_baseline(job: Job, settings: dict, timer: IterationTimer) -> None:
     """DM or DC as `distil_baseline` runs it, but with the teacher's network."""
-    kind, description, device = settings.pop("kind"), job.description(), timer.device
-    seed, dataset, classes = job.settings["seed"], job.settings["dataset"], len(description["classes"])
+    kind, description = settings.pop("kind"), job.description()
     settings["strategy"] = settings.pop("augmentation")
-    mean, std = normalisation(description)
-    store = open_images(job, description, "train")
-    rows = {c: np.flatnonzero(store.labels == c) for c in range(classes)}
-    labels = torch.arange(classes)
-    _, teacher_header = load_teacher(job.input["teacher"], torch.device("cpu"))
-
-    def real(c: int, count: int, generator: torch.Generator) -> torch.Tensor:
-        chosen = rows[c][torch.randperm(len(rows[c]), generator=generator)[:count].numpy()]
-        return normalise(store.read(chosen).to(device), mean, std)
-
-    def build_network(network_seed: int) -> torch.nn.Module:
-        return build_model(**teacher_header["network"], seed=network_seed).to(device)
-
-    if kind == "dm":
-        initial = draw_random(store, labels, torch.zeros_like(labels), seed, dataset, mean, std)
-        distil = distil_dm
-    else:
-        initial, distil = noise_images(classes, description["resolution"], (seed, dataset)), distil_dc
+    if kind == "dc":
         settings["outer_loops"], settings["inner_steps"] = DC_LOOPS[1]
-    distil(real, initial.to(device), labels, build_network, settings, (seed, dataset, kind), timer)
+    network = load_teacher(job.input["teacher"], torch.device("cpu"))[1]["network"]
+    store, names = open_images(job, description, "train"), (job.settings["seed"], job.settings["dataset"])
+    distil(kind, settings, description, store, 1, network, names, timer.device, timer)
 
 
 def measure_preparation(job: Job) -> Measured:
