@@ -435,7 +435,9 @@ def test_an_unknown_rule_in_accept_code_is_told_with_the_nearest():
 
 
 def test_the_schema_knows_all_that_the_code_knows():
+    from wmdd_core import terms
     from wmdd_core.baselines import AUGMENTATIONS
+    from wmdd_core.models import ARCHITECTURES
 
     rules = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("rules/*.smk"))
     computed = set(re.findall(r'run_script\("(\w+)"', rules))
@@ -444,6 +446,18 @@ def test_the_schema_knows_all_that_the_code_knows():
     assert set(figures) == set(re.findall(r'figures_of_kind\("(\w+)"\)', rules))
     augmentations = SCHEMA["$defs"]["method"]["properties"]["augmentation"]["items"]["enum"]
     assert augmentations == list(AUGMENTATIONS)
+    method = SCHEMA["$defs"]["method"]["properties"]
+    for key, names in (
+        ("feature_term", terms.FEATURE_TERMS),
+        ("bn_term", terms.BN_TERMS),
+        ("loss_form", terms.LOSS_FORMS),
+    ):
+        assert method[key]["enum"] == list(names), key
+    makers = re.search(r"^MAKERS = \{(.*?)^\}", rules, re.MULTILINE | re.DOTALL)[1]
+    assert set(method["kind"]["enum"]) == {*re.findall(r'^    "(\w+)":', makers, re.MULTILINE), "real"}
+    assert SCHEMA["$defs"]["architecture"]["enum"] == list(ARCHITECTURES)
+    costs = yaml.safe_load((ROOT / "report/costs.yaml").read_text(encoding="utf-8"))
+    assert {*costs["networks"], "convnet"} == set(ARCHITECTURES)
 
 
 def test_every_integer_has_a_sensible_maximum():
