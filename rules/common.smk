@@ -111,8 +111,8 @@ def method_of(w):
 
 def seed_of(w):
     """The seed of a method's set: the one seed, and for further sets one derived from it."""
-    _, at, number = w.method.partition("@")
-    return f"{config['seed']}{at}{number}" if at else config["seed"]
+    further = w.method.removeprefix(entry_name(w.method))
+    return f"{config['seed']}{further}" if further else config["seed"]
 
 
 def teacher_of(w):

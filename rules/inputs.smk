@@ -188,14 +188,19 @@ def distil_baseline_settings(w):
     }
 
 
+def external_path(w):
+    """Where a set made elsewhere lies."""
+    return os.path.expanduser(method_of(w)["external"].replace("{ipc}", w.ipc))
+
+
 def external_given(w):
     """The file of a set made elsewhere, unless it is a folder."""
-    return file_given(method_of(w)["external"].replace("{ipc}", w.ipc))
+    return file_given(external_path(w))
 
 
 def external_listing(w):
     """A digest of names, sizes and times of the files in a folder of a set made elsewhere."""
-    top = os.path.expanduser(method_of(w)["external"].replace("{ipc}", w.ipc))
+    top = external_path(w)
     paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(top) for name in names)
     return digest([[os.path.relpath(p, top), os.path.getsize(p), int(os.path.getmtime(p))] for p in paths])
 
@@ -393,7 +398,8 @@ def evaluations(table):
 def expected_digests(jobs):
     """rule → digests of settings and code that artefacts of these jobs may have in their lineage.
 
-    jobs: (rule, wildcards). What a table is made of must have been made by this configuration; anything else is refused.
+    jobs: (rule, wildcards). What a table is made of must have been made by this configuration; anything
+    else is refused.
     """
     found, seen, left = {}, set(), list(jobs)
     while left:
@@ -853,10 +859,8 @@ def measure_distances_settings(w):
     }
     if not recipe:
         return settings
-    place = SimpleNamespace(
-        **figure_sets(w)[0], recipe=recipe, student=figure["student"]
-    )  # alike for all sets
-    return {**settings, **evaluate_student_settings(place)}
+    place = {**figure_sets(w)[0], "recipe": recipe, "student": figure["student"]}  # alike for all sets
+    return {**settings, **evaluate_student_settings(SimpleNamespace(**place))}
 
 
 def embed_tsne_input(w):

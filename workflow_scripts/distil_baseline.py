@@ -30,8 +30,8 @@ def distil(
     names: tuple,
     device: torch.device,
     progress: Progress,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (M, 3, R, R), normalised, of all classes in order, their labels (M,), and the loop's losses.
+) -> dict[str, Tensor]:
+    """A shard's tensors, of all classes in order: normalised images (M, 3, R, R), labels, losses and so on.
 
     `network` is what `build_model` needs but for the seed; `names` are (seed, dataset).
     """
@@ -54,10 +54,14 @@ def distil(
             initial, loop = noise_images(len(labels), description["resolution"], names), distil_dc
         case _:
             raise AssertionError(kind)
-    images, losses = loop(
-        real, initial.to(device), labels, build_network, dict(settings), (*names, kind), progress
-    )
-    return images, labels, losses
+    images, losses = loop(real, initial.to(device), labels, build_network, settings, (*names, kind), progress)
+    return {
+        "images": images,
+        "labels": labels,
+        "index": index,
+        "weights": torch.full((len(labels),), 1 / ipc, dtype=torch.float64),
+        "feature_loss": losses.reshape(len(losses), -1),
+    }
 
 
 def main(job: Job) -> None:
@@ -69,14 +73,7 @@ def main(job: Job) -> None:
     inputs = [description["header"]]
     device, progress = job.device, job.progress(inputs)
     network = network_of(network, description)
-    images, labels, losses = distil(kind, settings, description, store, ipc, network, names, device, progress)
-    tensors = {
-        "images": images,
-        "labels": labels,
-        "index": torch.arange(ipc).repeat(len(description["classes"])),
-        "weights": torch.full((len(labels),), 1 / ipc, dtype=torch.float64),
-        "feature_loss": losses.reshape(len(losses), -1),
-    }
+    tensors = distil(kind, settings, description, store, ipc, network, names, device, progress)
     write_tensors(job.output["shard"], tensors, job.header(inputs))
     progress.finish()
 
