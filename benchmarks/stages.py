@@ -450,9 +450,10 @@ def evaluate(
     test_files = write_images(folder / "test", test, 10, resolution, ".png")
     shown = torch.from_numpy(pixels).to(device)
     labeller = teacher("convnet", 10, resolution, side, device)  # whose labels they are makes no difference
-    schedule = Schedule(epochs, "adamw", 1e-3, weight_decay=0.01, decay_matrices_only=True)
+    whole, mixed = {**NO_VIEWS, "cutmix": False}, {**VIEWS, "cutmix": True}
+    compared = min(epochs, 10)  # over hundreds, rounding would grow into other students
 
-    def prepare(views: dict) -> Path | np.ndarray:
+    def prepare(views: dict, epochs: int) -> Path | np.ndarray:
         """The labels, as each side keeps them."""
         if side == "ours":
             labels = np.empty((epochs, images, 10), np.float16)
@@ -461,10 +462,10 @@ def evaluate(
         kept = folder / f"labels-{views['cutmix']}"
         return plain_labels(labeller, files, kept, resolution, device, epochs, views)
 
-    whole, mixed = {**NO_VIEWS, "cutmix": False}, {**VIEWS, "cutmix": True}
-    labels = {views["cutmix"]: prepare(views) for views in (whole, mixed)}
+    labels = {False: prepare(whole, compared), True: prepare(mixed, epochs)}
 
-    def ours(views: dict) -> tuple:
+    def ours(views: dict, epochs: int) -> tuple:
+        schedule = Schedule(epochs, "adamw", 1e-3, weight_decay=0.01, decay_matrices_only=True)
         student = build_model(architecture, 10, resolution, seed=1).to(device)
         batches = soft_label_batches(
             shown,
@@ -485,7 +486,7 @@ def evaluate(
             logits = torch.cat([student(part).float().cpu() for part, _ in pairs])
         return logits, curve.train_loss, time.perf_counter() - start
 
-    def plain(views: dict) -> tuple:
+    def plain(views: dict, epochs: int) -> tuple:
         student = placed(build_model(architecture, 10, resolution, seed=1), side, device)
         tested = Files(test_files, [0] * test, mean, std)
         return plain_evaluate(
@@ -513,12 +514,12 @@ def evaluate(
     call = {"ours": ours, "plain": plain}[side]
 
     def check() -> dict[str, np.ndarray]:
-        logits, curve, _ = call(whole)
+        logits, curve, _ = call(whole, compared)
         return {"logits": logits.numpy(), "losses": np.array(curve)}
 
     def run() -> dict[str, float]:
         start = time.perf_counter()
-        *_, testing = call(mixed)
+        *_, testing = call(mixed, epochs)
         training = time.perf_counter() - start - testing
         tested = test * {"ours": 1, "plain": epochs}[side]
         return {"seconds an epoch": training / epochs, "seconds a test image": testing / tested}
