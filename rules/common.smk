@@ -11,7 +11,6 @@ import yaml
 sys.path.insert(0, workflow.basedir)
 from rules.configuration import (
     ConfigError,
-    code_hash,
     count_gpus,
     entry_name,
     prepare,
@@ -21,6 +20,7 @@ from rules.configuration import (
     unknown,
 )
 from rules.scheduling import repair_scheduler
+from wmdd_core.code import code_hash, code_variable, source_stamp
 from wmdd_core.digests import canonical, digest, lineage_name
 from wmdd_core.errors import UserError
 from wmdd_core.layouts import class_count
@@ -47,6 +47,13 @@ try:
     config = _prepared()
 except ConfigError as error:
     stop(error)
+
+
+if workflow.is_main_process:
+    os.environ.update(WMDD_CONFIG=digest(config), WMDD_SOURCES=source_stamp())
+elif os.environ.get("WMDD_CONFIG", digest(config)) != digest(config):
+    # On a cluster each job reads the files again, and is recorded with what they said when the run began.
+    stop("it was edited since this run began; put it back, or end the run and start it again")
 
 
 # ---- paths -----------------------------------------------------------------------------------
@@ -188,8 +195,11 @@ def settings_of(rule):
 
 @functools.cache
 def code_of(rule):
-    """The code that a rule depends on, or the hash that `accept_code` puts in its place."""
-    return config.get("accept_code", {}).get(rule) or code_hash(rule)
+    """The code that a rule depends on, or the hash that `accept_code` puts in the place of just this one."""
+    own = code_hash(rule)
+    if workflow.is_main_process:
+        os.environ[code_variable(rule)] = own  # for the job, which looks whether it is still so
+    return config.get("accept_code", {}).get(rule, {}).get(own, own)
 
 
 @functools.cache
@@ -284,10 +294,6 @@ def figure_files():
 
 def table_csv(table):
     return f"{TABLE}.csv".format(table=table)
-
-
-def figure_png(figure):
-    return f"{FIGURE}.png".format(figure=figure)
 
 
 def log_of(rule, name):

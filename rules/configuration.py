@@ -1,4 +1,4 @@
-"""Reading the configuration: inheritance, sweeps, validation, values by dataset, code hashes.
+"""Reading the configuration: inheritance, sweeps, validation, values by dataset.
 
 Standard library only (the schema needs `jsonschema`, which Snakemake brings), here and in what is imported:
 every job and every dry run imports this module.
@@ -6,7 +6,6 @@ every job and every dry run imports this module.
 
 from __future__ import annotations
 
-import ast
 import copy
 import difflib
 import math
@@ -17,10 +16,7 @@ import sys
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 
-from wmdd_core.digests import digest
 from wmdd_core.memory import ENVIRONMENT
-
-ROOT = Path(__file__).resolve().parent.parent
 
 RULES_BESIDE = ("all", "all_paper")
 """Rules without a script."""
@@ -29,16 +25,6 @@ ENTRY_BLOCKS = ("datasets", "teachers", "barycenters", "methods", "students", "r
 """Blocks of named entries; a name becomes a wildcard's value and so part of a path."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-
-INFRASTRUCTURE = {
-    "wmdd_core.artifacts",
-    "wmdd_core.digests",
-    "wmdd_core.errors",
-    "wmdd_core.memory",
-    "wmdd_core.progress",
-    "workflow_scripts.job",
-}
-"""How work is reported and stored, not what is computed: edits there make no result stale."""
 
 
 class ConfigError(Exception):
@@ -302,54 +288,6 @@ def resolve(entry: Mapping, dataset: str, where: str) -> dict:
             value = value.get(dataset, value.get("default"))
         settings[key] = value
     return settings
-
-
-def code_hash(rule: str) -> str:
-    """A hash of the code that a rule depends on: its script and what that imports of this project.
-
-    Taken over the syntax trees without docstrings, so that an edited comment costs no rerun;
-    `INFRASTRUCTURE` is left out.
-    """
-    seen: dict[str, str] = {}
-    _collect(f"workflow_scripts.{rule}", seen)
-    return digest(sorted(seen.items()))
-
-
-_PARSED: dict[str, tuple[str, list[str]]] = {}
-
-
-def _collect(module: str, seen: dict[str, str]) -> None:
-    if module in seen or module in INFRASTRUCTURE:
-        return
-    path = ROOT / (module.replace(".", "/") + ".py")
-    if not path.exists():
-        return
-    if module not in _PARSED:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        _PARSED[module] = (_without_docstrings(tree), sorted(_local_imports(tree)))
-    seen[module], imports = _PARSED[module]
-    for imported in imports:
-        _collect(imported, seen)
-
-
-def _without_docstrings(tree: ast.Module) -> str:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            node.body = [
-                s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
-            ] or [ast.Pass()]
-    return ast.unparse(tree)
-
-
-def _local_imports(tree: ast.Module) -> set[str]:
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return {name for name in found if name.startswith(("wmdd_core.", "workflow_scripts."))}
 
 
 def prepare_environment(root: str) -> None:

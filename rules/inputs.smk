@@ -48,14 +48,18 @@ def crops_of(w):
 
 
 def file_given(path):
-    """A file of the user's as an input, so that another one of its name counts."""
+    """A file of the user's as an input, but for a folder: another one of its name counts.
+
+    Also where it is gone. An input that left the list would have what was made of it deleted and then not made.
+    """
     path = os.path.expanduser(path)
-    return path if os.path.isfile(path) else []
+    return [] if os.path.isdir(path) else path
 
 
 def weights_given(w):
     """The file that a teacher is loaded from, where there is one."""
-    return file_given(entry("teachers", w.teacher, w.dataset).get("weights", ""))
+    weights = entry("teachers", w.teacher, w.dataset).get("weights", "torchvision")
+    return [] if weights == "torchvision" else file_given(weights)
 
 
 @settings_for
@@ -525,9 +529,11 @@ def is_table(name):
     return name in config["tables"] or config["figures"][name]["kind"] in TABLE_KINDS
 
 
-def item_file(name):
-    """The file that stands for a table or figure; the others of it are made with it."""
-    return table_csv(name) if is_table(name) else figure_png(name)
+def item_files(name):
+    """The files of a table or figure; the first is the one that the page is made of."""
+    if is_table(name):
+        return [f"{TABLE}.{suffix}".format(table=name) for suffix in ("csv", "md", "tex")]
+    return [f"{FIGURE}.{suffix}".format(figure=name) for suffix in ("png", "pdf", "csv")]
 
 
 def every_core(wildcards):
@@ -639,28 +645,25 @@ def tabulate_cost_input(w):
 
 
 def cost_benchmarks(cell, recipe):
-    """step → its benchmark files.
+    """step → its benchmark files, as a path with {} and what stands there: names, or so many numbers.
 
-    Benchmark files are no inputs: one that was lost is shown as missing, and costs no job its rerun.
+    Benchmark files are no inputs: one that was lost is shown as missing, and costs no job its rerun. They are
+    thousands where classes are, and Linux takes 128 KiB for an argument.
     """
     place = SimpleNamespace(**cell)
     method, place.teacher = method_of(place), teacher_of(place)
     folder = f"{cell['method']}/ipc{cell['ipc']}"
+    student = f"{cell['dataset']}/{recipe}/{folder}/{cell['student']}"
     found = {
-        "recovery": [
-            f"{MAKERS[method['kind']]}/{cell['dataset']}/{folder}/shard{s}" for s in shards_of(place)
-        ],
-        "relabel": [f"relabel_images/{cell['dataset']}/{recipe}/{folder}"],
-        "training": [
-            f"evaluate_student/{cell['dataset']}/{recipe}/{folder}/{cell['student']}/seed{s}"
-            for s in range(cell["seeds"])
-        ],
+        "recovery": (f"{MAKERS[method['kind']]}/{cell['dataset']}/{folder}/shard{{}}", len(shards_of(place))),
+        "relabel": (f"relabel_images/{cell['dataset']}/{recipe}/{folder}", 1),
+        "training": (f"evaluate_student/{student}/seed{{}}", cell["seeds"]),
     }
     if needs_atoms(method):
         blocks = dict.fromkeys(block_of(c, cell["dataset"]) for c in range(class_total(cell["dataset"])))
         part = f"{cell['dataset']}/{place.teacher}/{method['barycenter']}/ipc{cell['ipc']}"
-        found["barycenters"] = [f"compute_barycenter/{part}/class{b}" for b in blocks]
-    return {step: [f"{BENCHMARKS}/{path}.tsv" for path in paths] for step, paths in found.items()}
+        found["barycenters"] = (f"compute_barycenter/{part}/class{{}}", list(blocks))
+    return {step: [f"{BENCHMARKS}/{path}.tsv", parts] for step, (path, parts) in found.items()}
 
 
 @settings_for
@@ -677,6 +680,7 @@ def tabulate_cost_settings(w):
         "labels": {
             "datasets": titles_of({c["dataset"] for c in cells}),
             "methods": method_labels(c["method"] for c in cells),
+            "held_out": held_out({c["dataset"] for c in cells}),
         },
     }
 
@@ -746,14 +750,14 @@ def page_input(w):
     specs = [tables.get(name) or config["figures"][name] for name in names]
     datasets = {d for s in specs for d in (tables[s["table"]] if "table" in s else s).get("datasets", [])}
     return {
-        "parts": [item_file(name) for name in names],
+        "parts": [item_files(name)[0] for name in names],
         "descriptions": [DESCRIPTION.format(dataset=d) for d in config["datasets"] if d in datasets],
     }
 
 
 def parts_of(page):
-    """The tables and figures of a page, as a rule's input."""
-    return lambda w: page_input(SimpleNamespace(page=page))["parts"]
+    """All files of a page's tables and figures, as a rule's input."""
+    return lambda w: [file for item in page_items(page) for file in item_files(item["name"])]
 
 
 def displayed(path):

@@ -41,7 +41,7 @@ class Cost:
 
 
 class Unmeasured(Exception):
-    """report/costs.yaml does not have this network."""
+    """report/costs.yaml does not have this network, or not how many images this data holds."""
 
 
 class Planner:
@@ -53,10 +53,12 @@ class Planner:
     def entry(self, block: str, name: str, dataset: str) -> dict:
         return resolve(self.config[block][entry_name(name)], dataset, f"{block}.{name}")
 
-    def images(self, dataset: str) -> tuple[int, int] | None:
-        """Training and test images, or None where the data must be read to know."""
+    def images(self, dataset: str) -> tuple[int, int]:
+        """Training and test images; raises `Unmeasured` where the data must be read to know."""
         found = self.costs["images"].get(self.entry("datasets", dataset, dataset)["source"])
-        return tuple(found) if found else None
+        if not found:
+            raise Unmeasured
+        return tuple(found)
 
     def classes(self, dataset: str) -> int:
         return class_count(self.entry("datasets", dataset, dataset))
@@ -95,11 +97,6 @@ class Planner:
 
     def cost(self, rule: str, w: Mapping[str, str]) -> Cost | None:
         """The cost of a job, its start apart; None where the size of the dataset or network is not known."""
-        needs_images = rule in ("describe_dataset", "decode_images", "pretrain_teacher", "evaluate_all_real")
-        if (needs_images or rule in ("extract_features", "compute_barycenter")) and not self.images(
-            w["dataset"]
-        ):
-            return None
         try:
             return getattr(self, rule, lambda w: Cost())(w)
         except Unmeasured:
@@ -176,7 +173,8 @@ class Planner:
         trained = 0 if method["kind"] == "dm" else BACKWARD * ipc * inner * (loops - 1)
         count = method["iterations"] * classes
         operations = count * (passes * loops + trained) * forward
-        return Cost(operations, count * loops, bytes=4 * classes * ipc * self.pixels(w["dataset"]))
+        kept = 4 * classes * ipc * self.pixels(w["dataset"])
+        return Cost(operations, count * loops, self._decoding(w["dataset"], 1), kept)
 
     def gather_images(self, w: Mapping) -> Cost:
         # The set once as tensors and once as PNG, which hardly shrinks noise.

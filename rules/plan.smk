@@ -1,4 +1,7 @@
-"""After a dry run: what the planned jobs will cost. Snakemake has no hook there, but Python has."""
+"""At the end: what the jobs of a dry run will cost, and what a run could not check.
+
+Snakemake has no hook there, but Python has.
+"""
 
 import atexit
 
@@ -20,4 +23,20 @@ def print_plan():
         print(summarise(jobs, config, read_yaml("report/costs.yaml")), file=sys.stderr)
 
 
+def print_unrecorded():
+    """Say after a run that Snakemake took files as they are because it does not know what made them."""
+    if workflow.dryrun or workflow.dag is None or not workflow.is_main_process:
+        return
+    dag, record = workflow.dag, workflow.persistence
+    lost = [job for job in dag.jobs if dag.reason(job).no_metadata and not record.has_metadata(job)]
+    if lost:
+        print(
+            f"warning: {len(lost)} job{'s' * (len(lost) > 1)} left files without a record of their settings (results"
+            " copied without .snakemake?): a change of settings does not make them anew; if there was one, delete"
+            " them or add -R and the names of the rules",
+            file=sys.stderr,
+        )
+
+
 atexit.register(print_plan)
+atexit.register(print_unrecorded)

@@ -119,7 +119,7 @@ for _name in config["tables"]:
         name:
             _name
         input:
-            table_csv(_name),
+            item_files(_name),
 
 
 for _name in config["figures"]:
@@ -128,7 +128,7 @@ for _name in config["figures"]:
         name:
             _name
         input:
-            item_file(_name),
+            item_files(_name),
 
 
 rule all_paper:

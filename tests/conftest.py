@@ -31,14 +31,18 @@ def _command(directory: Path, *arguments: str, root: Path = ROOT, preset: str = 
     return [*command, "--directory", str(directory), *configuration, *arguments]
 
 
+def _environment() -> dict[str, str]:
+    """Without a GPU, where a test does not ask for one: what is compared was computed on a CPU."""
+    return {"CUDA_VISIBLE_DEVICES": "", **os.environ, "WMDD_COMMIT": "tests"}
+
+
 def run_snakemake(directory: Path, *arguments: str, root: Path = ROOT, preset: str = "smoke", **options):
     """Run Snakemake with its working files and results in `directory`; never raises."""
-    environment = {**os.environ, "WMDD_COMMIT": "tests"}
     return subprocess.run(
         _command(directory, *arguments, root=root, preset=preset),
         capture_output=True,
         text=True,
-        env=environment,
+        env=_environment(),
         cwd=root,
         **options,
     )
@@ -48,7 +52,7 @@ def start_snakemake(directory: Path, *arguments: str, **environment: str) -> sub
     """Start the smoke preset in a process group of its own, to be interrupted or killed."""
     return subprocess.Popen(
         _command(directory, *arguments),
-        env={**os.environ, "WMDD_COMMIT": "tests", **environment},
+        env={**_environment(), **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,

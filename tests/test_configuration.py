@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
-from rules import configuration
 from rules.configuration import (
-    INFRASTRUCTURE,
-    ROOT,
     ConfigError,
-    code_hash,
     expand_entries,
     prepare,
     resolve,
     unknown,
 )
+from wmdd_core import code
+from wmdd_core.code import INFRASTRUCTURE, code_hash
 from wmdd_core.digests import canonical, digest
 
 SCHEMA = yaml.safe_load((ROOT / "schemas/config.schema.yaml").read_text(encoding="utf-8"))
@@ -54,6 +53,8 @@ methods:
     batch_size: 10
     batch_layout: whole_classes
     start: noise
+    crop_scale_min: 1
+    roll: 0
 students:
   small: {architecture: convnet}
 recipes:
@@ -331,6 +332,42 @@ def test_the_schema_knows_what_the_steps_read():
         assert {f.name for f in fields(settings) if f.default is MISSING} <= set(rule["required"])
 
 
+def test_what_the_schema_calls_a_default_is_what_the_code_takes():
+    from dataclasses import MISSING, fields
+    from inspect import signature
+
+    from wmdd_core.barycenter import wasserstein_barycenter
+    from wmdd_core.baselines import DcSettings, DmSettings
+    from wmdd_core.models import build_model
+    from wmdd_core.recovery import RecoverySettings
+    from wmdd_core.sources import DEFAULT_TEST_FRACTION
+    from wmdd_core.training import Schedule
+
+    def of_class(kind: type) -> dict:
+        return {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+
+    def of_function(function) -> dict:
+        return {n: p.default for n, p in signature(function).parameters.items() if p.default is not p.empty}
+
+    network, schedule = of_function(build_model), of_class(Schedule)
+    in_code = {
+        "dataset": [{"test_fraction": DEFAULT_TEST_FRACTION}],
+        "teacher": [network, schedule],
+        "barycenter": [of_function(wasserstein_barycenter)],
+        "method": [of_class(RecoverySettings), of_class(DmSettings), of_class(DcSettings)],
+        "student": [network],
+        "recipe": [schedule],
+    }
+    compared = 0
+    for block, places in in_code.items():
+        for key, allowed in SCHEMA["$defs"][block]["properties"].items():
+            found = [place[key] for place in places if key in place]
+            if "default" in allowed and found:
+                compared += 1
+                assert [allowed["default"]] * len(found) == found, f"{block}.{key}"
+    assert compared >= 18
+
+
 @pytest.mark.parametrize(
     ("block", "name"),
     [("figures", "main"), ("tables", "all"), ("tables", "recover_images"), ("figures", "all_paper")],
@@ -375,7 +412,7 @@ def test_a_target_has_one_meaning(block, name):
         ("device", "cuda:", "it is not as described (auto, cpu, cuda or cuda:N"),
         ("results", "", "results is ''; it is not as described (folder"),
         ("results", "a{b}c", "results is 'a{b}c'; it is not as described (folder"),
-        ("accept_code.plot_sweep", 3, "expected string"),
+        ("accept_code.plot_sweep", 3, "expected object"),
         ("figures.accuracy.kind", "galery", "did you mean 'gallery'?"),
         ("methods.wmdd.augmentation", ["foo"], "augmentation.0 is 'foo'; known are colour, crop"),
         ("methods.wmdd.external", "", "''"),
@@ -428,10 +465,11 @@ def test_an_entry_that_is_none_is_one_line_not_a_traceback(path, value):
 
 
 def test_an_unknown_rule_in_accept_code_is_told_with_the_nearest():
-    told = refusal("accept_code", {"plot_sweeps": "0123456789abcdef"})
+    accepted = {"0123456789abcdef": "fedcba9876543210"}
+    told = refusal("accept_code", {"plot_sweeps": accepted})
     assert told == "accept_code: unknown name 'plot_sweeps'; did you mean 'plot_sweep'?"
-    assert "accept_code: unknown name 3; known are describe_dataset, " in refusal("accept_code", {3: "ab"})
-    prepare(changed("accept_code", {"plot_sweep": "0123456789abcdef"}), SCHEMA)
+    assert "accept_code: unknown name 3; known are describe_dataset, " in refusal("accept_code", {3: {}})
+    prepare(changed("accept_code", {"plot_sweep": accepted}), SCHEMA)
 
 
 def test_the_schema_knows_all_that_the_code_knows():
@@ -692,15 +730,15 @@ def tree(tmp_path, monkeypatch):
     for folder in ("wmdd_core", "workflow_scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     hashes()  # the files that a test leaves alone are parsed once for all tests
-    monkeypatch.setattr(configuration, "_PARSED", dict(configuration._PARSED))
-    monkeypatch.setattr(configuration, "ROOT", tmp_path)
+    monkeypatch.setattr(code, "_PARSED", dict(code._PARSED))
+    monkeypatch.setattr(code, "ROOT", tmp_path)
 
     def edit(path: str, change) -> None:
         file: Path = tmp_path / path
         before = file.read_text(encoding="utf-8")
         file.write_text(change(before), encoding="utf-8")
         assert file.read_text(encoding="utf-8") != before
-        configuration._PARSED.pop(path.removesuffix(".py").replace("/", "."), None)
+        code._PARSED.pop(path.removesuffix(".py").replace("/", "."), None)
 
     return edit
 
@@ -718,10 +756,10 @@ def stale(before: dict[str, str]) -> set[str]:
 
 
 def test_the_copy_hashes_as_the_original(monkeypatch, tree):
-    configuration._PARSED.clear()
+    code._PARSED.clear()
     copied = hashes()
-    monkeypatch.setattr(configuration, "ROOT", ROOT)
-    configuration._PARSED.clear()
+    monkeypatch.setattr(code, "ROOT", ROOT)
+    code._PARSED.clear()
     assert hashes() == copied and len(set(copied.values())) == len(RULES)
 
 

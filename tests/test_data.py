@@ -1035,7 +1035,7 @@ def test_decode_to_and_stores(mixed, tmp_path):
     np.testing.assert_array_equal(np.load(path), images)
     assert seen[-1] == (140, 140)
     stores = (ImageStore.from_array(path, source.labels), ImageStore.from_source(source, 8))
-    for store in (*stores, *pickle.loads(pickle.dumps(stores))):
+    for store in (*stores, *pickle.loads(pickle.dumps(stores)), *(s.in_memory() for s in stores)):
         assert len(store) == 140
         np.testing.assert_array_equal(store.labels, source.labels)
         for indices in ([5, 0, 5], np.array([7]), torch.tensor([100, 3]), []):

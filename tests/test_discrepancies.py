@@ -38,7 +38,6 @@ WX, WY = masses("x", count=7), masses("y", count=5)
 def test_linear_mmd_is_the_squared_distance_of_means():
     expected = np.sum((X.numpy().mean(0) - Y.numpy().mean(0)) ** 2)
     assert d.mmd_linear(X, Y).item() == pytest.approx(expected, rel=1e-12)
-    assert d.mmd_linear_means(X.mean(0), Y.mean(0)).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_linear_mmd_with_weights_uses_weighted_means():
@@ -49,12 +48,6 @@ def test_linear_mmd_with_weights_uses_weighted_means():
 def test_linear_mmd_equals_eq_25_with_the_linear_kernel():
     expected = (X @ X.T).mean() + (Y @ Y.T).mean() - 2 * (X @ Y.T).mean()
     assert d.mmd_linear(X, Y).item() == pytest.approx(expected.item(), rel=1e-10)
-
-
-def test_means_of_several_classes_at_once():
-    x, y = points("a", count=3), points("b", count=3)
-    each = [d.mmd_linear(x[i : i + 1], y[i : i + 1]) for i in range(3)]
-    torch.testing.assert_close(d.mmd_linear_means(x, y), torch.stack(each))
 
 
 # RBF kernel

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from wmdd_core import augmentation, recovery, relabeling, training
+from wmdd_core import augmentation, graphs, recovery, relabeling, training
 from wmdd_core.batchnorm import StatisticsAccumulator, group_moments, image_moments, record_input_moments
+from wmdd_core.device import compute_reproducibly, precision
 from wmdd_core.features import extract_features
 from wmdd_core.models import build_model, freeze
 from wmdd_core.recovery import RecoverySettings, Shard, recover_images
 from wmdd_core.relabeling import ViewSettings, hard_label_batches, label_views, mixed_label_loss
 from wmdd_core.seeding import torch_generator
 from wmdd_core.training import FileCrops, Schedule, file_batches, fit, hard_label_loss, real_batches
-from workflow_scripts.job import compute_reproducibly, precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -238,3 +238,13 @@ def test_processes_that_decode_do_not_disturb_a_capture():
         return fit(model, Schedule(3, "sgd", 0.01), batches, hard_label_loss).train_loss
 
     assert run(0) == run(3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_work_on_a_second_gpu_is_captured_there():
+    device = torch.device("cuda", 1)
+    layer = nn.Linear(8, 8).to(device)
+    call = graphs.replayed(lambda x: layer(x).square(), device)
+    for step in range(graphs.EAGER_CALLS + 3):
+        x = torch.full((4, 8), float(step), device=device)
+        assert torch.equal(call(x), layer(x).square())

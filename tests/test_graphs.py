@@ -1,6 +1,6 @@
 """When work is captured and what a replay reads, with a pretended graph; tests/test_gpu.py has real ones."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
         self.captured, self.replays, self.result = None, 0, torch.zeros(2)
+        self.current, self.captured_on = 0, None
 
     def work(self, x: torch.Tensor) -> torch.Tensor:
         self.seen.append(x)
@@ -31,8 +32,31 @@ class Recorder:
 def recorder(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorder)
-    monkeypatch.setattr(torch.cuda, "graph", lambda _graph, **_: nullcontext())
+
+    @contextmanager
+    def device(chosen: torch.device):
+        before, recorder.current = recorder.current, chosen.index or 0
+        yield
+        recorder.current = before
+
+    @contextmanager
+    def graph(_graph: Recorder, *, stream: int, **_: object):
+        assert stream == recorder.current  # what runs on another GPU would not be captured
+        recorder.captured_on = stream
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda chosen: chosen.index or 0)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     return recorder
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_work_is_captured_on_its_own_gpu(recorder, index):
+    call = replayed(recorder.work, torch.device("cuda", index))
+    for _ in range(EAGER_CALLS + 1):
+        call(torch.ones(2))
+    assert recorder.captured_on == index
 
 
 def test_the_first_calls_are_eager_and_later_ones_replay_the_capture_with_new_inputs(recorder):

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import torch
 from conftest import ROOT, run_snakemake
 
 from wmdd_core.artifacts import write_json, write_tensors
+from wmdd_core.device import precision
 from wmdd_core.errors import UserError
 from workflow_scripts import job as jobs
 from workflow_scripts import recover_images
@@ -66,6 +68,43 @@ def test_twins_work_one_after_another_and_leave_no_lock(tmp_path):
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["trace"]
     waits = [line for text in told for line in text.splitlines()]
     assert all(line.startswith("another process is at work on rule/class-7") for line in waits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "made", "needed"), [({}, True, False), ({}, False, True), ({"epochs": 2}, True, True)]
+)
+def test_what_a_twin_has_just_made_is_not_made_again(tmp_path, monkeypatch, settings, made, needed):
+    """After a crash of Snakemake its jobs go on; those of the next run wait for them."""
+    output = tmp_path / "checkpoint.safetensors"
+    job = replace(make_job(tmp_path), output={"checkpoint": str(output)})
+    ready, go = tmp_path / "ready", tmp_path / "go"
+    first = replace(job, settings=settings)
+    program = f"""
+import time
+from pathlib import Path
+from workflow_scripts.job import Job, _alone
+
+with _alone({first!r}):
+    Path({str(ready)!r}).touch()
+    while not Path({str(go)!r}).exists():
+        time.sleep(0.02)
+    {f"Path({str(output)!r}).touch()" if made else "pass"}
+"""
+    twin = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    while not ready.exists():
+        assert twin.poll() is None
+        time.sleep(0.02)
+    monkeypatch.setattr(jobs.time, "sleep", lambda _: go.touch() or twin.wait())
+    with jobs._alone(job) as left:
+        assert left == needed
+    assert twin.wait() == 0
+
+
+def test_work_that_nobody_else_does_is_needed_also_where_files_are(tmp_path):
+    output = tmp_path / "checkpoint.safetensors"
+    output.touch()
+    with jobs._alone(replace(make_job(tmp_path), output={"checkpoint": str(output)})) as left:
+        assert left
 
 
 def test_a_lock_says_who_holds_it(tmp_path):
@@ -234,11 +273,40 @@ def test_a_job_that_computes_names_its_device(tmp_path):
     assert job.progress([]).stamp != idle
 
 
-def test_a_job_on_a_gpu_asks_for_the_same_bits_each_time(tmp_path):
+def test_a_job_on_a_gpu_asks_for_the_same_bits_each_time(tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert replace(make_job(tmp_path), device_name="cpu").device == torch.device("cpu")
     assert not torch.are_deterministic_algorithms_enabled()
+    switches = {
+        f"enable_{name}": getattr(torch.backends.cuda, f"{name}_enabled")()
+        for name in ("flash_sdp", "mem_efficient_sdp", "cudnn_sdp")
+    }
     try:
-        assert replace(make_job(tmp_path), device_name="cuda:0").device == torch.device("cuda:0")
+        for name in ("cuda:1", "cuda:0", "cuda"):
+            chosen.append(replace(make_job(tmp_path), device_name=name).device)
         assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cuda.flash_sdp_enabled()  # it would only warn of its atomic additions
+        assert not torch.backends.cuda.mem_efficient_sdp_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+        for name, before in switches.items():
+            getattr(torch.backends.cuda, name)(before)
+    # What a job computes on is PyTorch's current GPU, too.
+    assert chosen == [torch.device("cuda", i) for i in (1, 1, 0, 0, 0, 0)]
+
+
+def test_a_gpu_that_is_not_there_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="device: cuda:2 is not there, PyTorch sees 2 GPUs"):
+        _ = replace(make_job(tmp_path), device_name="cuda:2").device
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(supported, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    used = precision({"precision": "auto"}, torch.device("cuda"))
+    assert isinstance(used, torch.autocast) == supported
+    assert isinstance(precision({"precision": "bfloat16"}, torch.device("cpu")), torch.autocast)
+    assert not isinstance(precision({}, torch.device("cpu")), torch.autocast)

@@ -88,6 +88,7 @@ def test_what_is_fixed_in_code_is_what_table_6_says():
 def test_views_datasets_and_recipe_are_as_released(preset, dataset):
     settings = entry(preset, "datasets", dataset, dataset)
     assert {k: settings[k] for k in DATASET[dataset]} == DATASET[dataset]
+    assert (settings["mean"], settings["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     for method in ("wmdd", "sre2l"):
         found = entry(preset, "methods", method, dataset)
         assert (found["crop_scale_min"], found["roll"]) == (0.08, ROLL[dataset])
@@ -163,7 +164,7 @@ def test_the_paper_is_all_of_it():
     assert config["tables"]["all_methods"]["datasets"] == list(PAPER)
     assert config["tables"]["all_methods"]["ipc"] == [1, 10, 50, 100]
     listed = config["tables"]["all_methods"]["methods"]
-    every = {"all_real", "random", "kmeans_real", "dm", "dc", "sre2l", "cda", "wmdd"}
+    every = {"all_real", "random", "kmeans_real", "dm", "dc", "sre2l", "cda", "wmdd", "wmdd_released"}
     assert set(listed["imagenette"]) == every and set(listed["imagenet1k"]) == every - {"dm", "dc"}
     default = prepare(read("config.yaml"), read("schemas/config.schema.yaml"))
     assert set(default["paper"]) <= {*config["paper"]}
@@ -289,6 +290,20 @@ def test_a_dry_run_ends_with_the_plan(tmp_path):
     plan = done.stderr[done.stderr.index("Plan  ") :]
     assert re.search(rf"^total\s+{jobs - 1}\s", plan, re.MULTILINE)  # all but the target
     assert "core hours" in plan and "report/costs.yaml" in plan
+
+
+@pytest.mark.workflow
+def test_no_argument_of_a_job_is_too_long_for_linux(tmp_path):
+    """Linux takes 128 KiB for one. A job has its files in one, its settings in another."""
+    done = run_snakemake(tmp_path, "-n", "-p", "--config", "page=[cost]", preset="tiny-imagenet")
+    assert done.returncode == 0, done.stderr
+    told, seen = done.stdout + done.stderr, set()
+    for rule, command in re.findall(
+        r"^Shell command: python -m workflow_scripts\.(\w+) (.*)$", told, re.MULTILINE
+    ):
+        seen.add(rule)
+        assert max(len(argument.encode()) for argument in re.findall(r"'[^']*'", command)) < 2**17, rule
+    assert {"gather_images", "tabulate_cost", "recover_images", "build_page"} <= seen
 
 
 # ---- documented commands -----------------------------------------------------------------------

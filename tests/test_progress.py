@@ -1,5 +1,7 @@
 """Checkpoints: saved when due, taken up by the same settings alone, and gone when the work is done."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -61,6 +63,32 @@ def test_a_damaged_checkpoint_is_told_and_ignored(tmp_path, capsys, left):
     assert count_to(10, again) == sum(range(10))
     assert "the checkpoint is damaged" in capsys.readouterr().out
     assert not path.exists()
+
+
+def test_an_array_is_on_the_disk_before_a_checkpoint_says_so(tmp_path, monkeypatch):
+    progress, order = Progress("labels", tmp_path / "state.pt", save_every=0), []
+    array = progress.array(np.float32, (4, 3))
+    monkeypatch.setattr(type(array), "flush", lambda _: order.append("array"))
+    monkeypatch.setattr(torch, "save", lambda _, path: order.append("state") or Path(path).touch())
+    progress.step(0, 4, dict, dict)
+    assert order == ["array", "state"]
+
+
+def test_an_array_reaches_a_folder_on_another_disk(tmp_path, monkeypatch):
+    progress = Progress("labels", tmp_path / "state.pt", save_every=0)
+    progress.array(np.float32, (4, 3))[:] = 7
+    progress.step(0, 4, dict, dict)
+    target, move = tmp_path / "elsewhere/labels.npy", os.replace
+
+    def replace(source: Path, to: Path) -> None:
+        if Path(source).parent != Path(to).parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        move(source, to)
+
+    monkeypatch.setattr(os, "replace", replace)
+    progress.finish(str(target))
+    assert np.load(target).tolist() == [[7.0] * 3] * 4
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["labels.npy"]
 
 
 @pytest.mark.parametrize("left", [0, 60])

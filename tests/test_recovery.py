@@ -12,6 +12,7 @@ from torch import nn
 from wmdd_core import recovery
 from wmdd_core.augmentation import Views, apply_views, draw_views
 from wmdd_core.batchnorm import LayerStatistics, batchnorm_layers
+from wmdd_core.device import precision
 from wmdd_core.discrepancies import mmd_linear, mmd_rbf, sliced_wasserstein
 from wmdd_core.errors import UserError
 from wmdd_core.models import build_model, freeze
@@ -28,7 +29,6 @@ from wmdd_core.recovery import (
     recover_images,
 )
 from wmdd_core.seeding import torch_generator
-from workflow_scripts.job import precision
 
 CLASSES, RESOLUTION, IPC = 5, 8, 3
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])

@@ -76,9 +76,12 @@ def test_a_job_that_failed_after_a_change_is_planned_again(smoke, tmp_path, chan
     assert planned_counts(directory, overlay) == jobs
 
 
-def test_deleted_tables_and_figures_are_made_again(smoke, tmp_path):
+@pytest.mark.parametrize(
+    "deleted", [("tables/main.csv", "figures/gallery.png"), ("tables/main.md", "figures/gallery.pdf")]
+)
+def test_deleted_tables_and_figures_are_made_again(smoke, tmp_path, deleted):
     directory = Path(shutil.copytree(smoke, tmp_path / "run"))
-    for name in ("tables/main.csv", "figures/gallery.png"):
+    for name in deleted:
         (found,) = directory.glob(f"**/report/{name}")
         found.unlink()
     done = run_snakemake(directory, "--dry-run")

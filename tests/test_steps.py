@@ -6,6 +6,7 @@ import torch
 
 from wmdd_core.artifacts import make_header, read_arrays, read_json, read_tensors, write_tensors
 from wmdd_core.barycenter import wasserstein_barycenter
+from wmdd_core.errors import UserError
 from wmdd_core.models import freeze
 from wmdd_core.relabeling import soft_label_loss
 from wmdd_core.seeding import numpy_generator
@@ -119,9 +120,10 @@ def gathered(road, tmp_path):
     place = torch.randperm(10 * IPC, generator=torch.Generator().manual_seed(0))
     own, index = place // IPC, place % IPC
     mean, std = (torch.tensor(description[k]).view(3, 1, 1) for k in ("mean", "std"))
-    pixels = (place.view(-1, 1, 1, 1).expand(-1, 3, 8, 8) / 255 - mean) / std
+    stored = place.view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    recovered, selected = (stored / 255 - mean) / std, stored.to(torch.uint8).contiguous()
     paths = []
-    for half in (slice(None, 50), slice(50, None)):
+    for half, pixels in ((slice(None, 50), recovered), (slice(50, None), selected)):
         tensors = {"images": pixels[half], "labels": own[half], "index": index[half]}
         tensors["weights"] = 1.0 + index[half].double()
         header = make_header("recover_images", {"dataset": "digits"}, {}, "", [description["header"]])
@@ -141,6 +143,18 @@ def test_a_set_is_sorted_by_class_and_number_with_its_weights_and_pngs(gathered)
     torch.testing.assert_close(tensors["weights"].view(10, IPC)[3], torch.arange(1.0, 13) / 78)
     exported = [np.asarray(image)[0, 0, 0] for image, _ in ImageFolder(gathered["png"])]
     assert exported == list(range(10 * IPC))
+
+
+@pytest.mark.parametrize("shards", [[0], [0, 0, 1]])
+def test_shards_that_lack_an_image_or_hold_one_twice_are_refused(road, gathered, tmp_path, shards):
+    paths = road.files["shards"]
+    output = {n.split(".")[0]: str(tmp_path / "other" / n) for n in OUTPUT[gather_images]}
+    try:
+        road.files["shards"] = [paths[n] for n in shards]
+        with pytest.raises(UserError, match="the shards of wmdd do not hold 12 images of each class"):
+            road.make(gather_images, {}, output, method="wmdd", ipc=str(IPC))
+    finally:
+        road.files["shards"] = paths
 
 
 def test_students_differ_by_seed_weigh_images_and_are_tested_on_the_test_set(

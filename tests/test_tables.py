@@ -233,7 +233,7 @@ def test_a_measurement_keeps_what_it_frees_as_jobs_do():
 
 
 def test_a_measurement_that_is_killed_is_told():
-    with pytest.raises(UserError, match="measured dc was killed"):
+    with pytest.raises(UserError, match="measured dc ran out of memory or was killed"):
         alone("dc", os.abort)
 
 
@@ -285,13 +285,13 @@ class Sets:
         for number, s in enumerate(seconds):
             (folder / f"{step}{number}.tsv").write_text(f"s\th:m:s\tmax_rss\n{s}\t0:00:01\t9.5\n")
 
-    def tabulate(self) -> dict[str, str]:
-        counts = {"recovery": 2, "relabel": 1, "training": self.cells[0]["seeds"], "barycenters": 10}
+    def tabulate(self, **labels: object) -> dict[str, str]:
+        blocks = [str(c) for c in range(10)]
+        parts = {"recovery": 2, "relabel": 1, "training": self.cells[0]["seeds"], "barycenters": blocks}
 
         def benchmarks(method: str) -> dict:
-            steps = [s for s in counts if s != "barycenters" or method == "wmdd"]
-            folder = self.root / "benchmarks" / method
-            return {s: [str(folder / f"{s}{number}.tsv") for number in range(counts[s])] for s in steps}
+            steps = [s for s in parts if s != "barycenters" or method == "wmdd"]
+            return {s: [str(self.root / "benchmarks" / method / f"{s}{{}}.tsv"), parts[s]] for s in steps}
 
         files = {
             labels: [str(self.evaluation(c, labels, s)) for c in self.cells for s in range(c["seeds"])]
@@ -308,6 +308,7 @@ class Sets:
             "labels": {
                 "datasets": {"digits": "Digits"},
                 "methods": {"random": "random real", "wmdd": "WMDD"},
+                **labels,
             },
         }
         output = {k: str(self.root / f"cost.{k}") for k in ("csv", "md", "tex")}
@@ -341,6 +342,13 @@ def test_bytes_seconds_and_accuracies_of_each_set(tmp_path):
     assert shown in text
     assert "| 10 | random real | 3.0 kB | 0.3 kB | 2.5 MB | – |" in text
     assert r"60.5 $\pm$ 0.7" in Path(output["tex"]).read_text(encoding="utf-8")
+
+
+def test_the_cost_table_says_when_the_test_set_was_not_read(tmp_path):
+    labels = {"test": {}, "held-out": {"held_out": ["digits"]}}
+    told = [Path(Sets(tmp_path / n).tabulate(**own)["md"]).read_text() for n, own in labels.items()]
+    assert "top-1 on the real test set, mean" in told[0]
+    assert "top-1 on a held-out part of the training set, mean" in told[1]
 
 
 def test_files_of_an_earlier_configuration_are_not_counted(tmp_path):

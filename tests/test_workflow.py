@@ -6,6 +6,8 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -227,13 +229,55 @@ def test_an_edit_of_the_barycenter_reruns_it_and_what_follows(smoke, copied):
 
 
 def test_an_edit_known_to_change_nothing_can_be_accepted(smoke, copied):
-    from rules.configuration import code_hash
+    from wmdd_core.code import code_hash
 
     known = code_hash("compute_barycenter")
     module = copied / "wmdd_core/barycenter.py"
     module.write_text(module.read_text() + "\nEDITED = True\n")
-    accepted = f"accept_code: {{compute_barycenter: {known}}}"
+    command = "from wmdd_core.code import code_hash; print(code_hash('compute_barycenter'))"
+    now = subprocess.check_output([sys.executable, "-c", command], text=True, cwd=copied).strip()
+    accepted = f"accept_code: {{compute_barycenter: {{'{now}': '{known}'}}}}"
     assert not {"Barycenter", "Recover"} & rules_and_methods(planned(smoke, accepted, root=copied))[0]
+    # The next edit is another.
+    module.write_text(module.read_text() + "\nEDITED = False\n")
+    assert {"Barycenter", "Recover"} <= rules_and_methods(planned(smoke, accepted, root=copied))[0]
+
+
+@pytest.mark.parametrize("edited", [True, False])
+def test_code_that_is_edited_during_a_run_stops_the_jobs_that_use_it(copied, tmp_path, edited):
+    """Here by the hook that runs before the first job; its results would bear the hash of the old code."""
+    line = "EDITED = True" if edited else "# a comment"
+    hook = f"\nonstart:\n    open('{copied}/wmdd_core/layouts.py', 'a').write('\\n{line}\\n')\n"
+    with open(copied / "Snakefile", "a") as file:
+        file.write(hook)
+    description = "results/smoke/digits/description.json"
+    done = run_snakemake(tmp_path / "run", "--cores", "1", "--until", "describe_dataset", root=copied)
+    log = (tmp_path / "run/results/smoke/logs/describe_dataset/digits.log").read_text()
+    told = "error: the code of describe_dataset was edited since this run began"
+    assert (told in log) == edited and (done.returncode != 0) == edited
+    assert (tmp_path / "run" / description).exists() != edited
+
+
+def test_a_job_on_a_cluster_notices_an_edited_configuration(smoke, monkeypatch):
+    """It reads the files again, long after the run began that put it into the queue."""
+    monkeypatch.setenv("WMDD_CONFIG", "0123456789abcdef")
+    done = run_snakemake(smoke, "--dry-run", "--mode", "remote")
+    assert "error: config: it was edited since this run began" in done.stdout + done.stderr
+    assert done.returncode == 1
+    assert run_snakemake(smoke, "--dry-run").returncode == 0  # a run of its own
+
+
+def test_results_without_a_record_are_told(smoke, tmp_path):
+    """Copied without .snakemake: Snakemake cannot know whether the settings are still those."""
+    shutil.copytree(smoke / "results", tmp_path / "run/results")
+    (tmp_path / "overlay.yaml").write_text("methods: {wmdd: {lambda_bn: 77}}", encoding="utf-8")
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "overlay.yaml")]
+    done = run_snakemake(tmp_path / "run", "--cores", "1", *files, preset="")
+    told = done.stdout + done.stderr
+    assert done.returncode == 0 and "Nothing to be done" in told
+    assert re.search(r"warning: \d+ jobs? left files without a record", told)
+    done = run_snakemake(smoke, "--cores", "1")
+    assert "without a record" not in done.stdout + done.stderr
 
 
 # ---- bad input -------------------------------------------------------------------------------

@@ -334,6 +334,10 @@ class ImageStore:
         """Images decoded from `source` each time they are read."""
         return cls(source.labels, partial(decode, source, resolution))
 
+    def in_memory(self) -> ImageStore:
+        """The same images, decoded once and held: for what reads them again and again."""
+        return ImageStore(self.labels, self._read(np.arange(len(self))).__getitem__)
+
     def __len__(self) -> int:
         return len(self.labels)
 

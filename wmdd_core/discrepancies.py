@@ -54,12 +54,7 @@ def mmd_linear(
 
     x: (N, D), y: (M, D), weights (N,) and (M,). Returns a scalar in squared feature units.
     """
-    return mmd_linear_means(weighted_mean(x, weights_x), weighted_mean(y, weights_y))
-
-
-def mmd_linear_means(mean_x: Tensor, mean_y: Tensor) -> Tensor:
-    """Squared linear MMD of sets whose means are known, ‖mean_x − mean_y‖² (eq. 24), (…, D) → (…)."""
-    return (mean_x - mean_y).square().sum(-1)
+    return (weighted_mean(x, weights_x) - weighted_mean(y, weights_y)).square().sum()
 
 
 def weighted_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -41,13 +41,7 @@ def extract_features(
                 progress.step(
                     step,
                     step + -(-(len(features) - done) // len(images)) + 1,
-                    lambda: _flushed(features, {"images": done, "statistics": accumulator.state()}),  # noqa: B023
+                    lambda: {"images": done, "statistics": accumulator.state()},  # noqa: B023
                     lambda: {"images": done},  # noqa: B023
                 )
     return accumulator
-
-
-def _flushed(features: np.ndarray, state: dict) -> dict:
-    if isinstance(features, np.memmap):
-        features.flush()
-    return state

@@ -38,8 +38,10 @@ def replayed(work: Callable[..., Result], device: torch.device) -> Callable[...,
             return work(*inputs)
         if result is None:
             static.extend(value.clone() for value in inputs)
-            # Other threads, which pin images for the next batches, may go on meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # A stream of `device`, since only what runs on it is captured, and PyTorch's own is one of the
+            # current GPU. Other threads, which pin images for the next batches, may go on meanwhile.
+            stream, mode = torch.cuda.Stream(device), "thread_local"
+            with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
                 result = work(*static)
         for own, given in zip(static, inputs, strict=True):
             own.copy_(given)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import sys
 import time
@@ -41,6 +43,7 @@ class Progress:
         self.started = self.reported = self.saved = time.monotonic()
         self.first: int | None = None
         self.terminated = False
+        self.filled: np.memmap | None = None
         if checkpoint is not None:
             signal.signal(signal.SIGTERM, self._terminate)
 
@@ -96,7 +99,10 @@ class Progress:
         Ask for it before `resume`: where it is missing or of another shape, what the checkpoint says of
         it is void and the loop starts afresh. Raises `OSError`, with its name, on a full disk.
         """
-        path = self.partial
+        self.filled = self._opened_array(self.partial, dtype, shape)
+        return self.filled
+
+    def _opened_array(self, path: Path, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.memmap:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and self.checkpoint.exists():
             try:
@@ -124,19 +130,28 @@ class Progress:
     def finish(self, array: str | None = None) -> None:
         """The outputs are in place: the checkpoint has done its work, and `array` is where its array belongs.
 
-        The array moves last: a kill in between leaves one without a checkpoint, which counts for nothing.
+        The array moves first: a kill in between leaves a checkpoint without one, which counts for nothing.
         """
         if self.checkpoint is None:
             return
-        self.checkpoint.unlink(missing_ok=True)
-        temporary_path(self.checkpoint).unlink(missing_ok=True)
         if array is not None:
             Path(array).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.partial, array)
+            try:
+                os.replace(self.partial, array)
+            except OSError as error:
+                if error.errno != errno.EXDEV:  # one of the two folders lies on another disk
+                    raise
+                with replacing(array) as temporary:
+                    shutil.copyfile(self.partial, temporary)
+                self.partial.unlink()
+        self.checkpoint.unlink(missing_ok=True)
+        temporary_path(self.checkpoint).unlink(missing_ok=True)
 
     def _save(self, index: int, state: dict) -> None:
         import torch
 
+        if self.filled is not None:  # a checkpoint must not say more than the disk holds
+            self.filled.flush()
         with replacing(self.checkpoint) as temporary:
             torch.save({"stamp": self.stamp, "index": index, "state": state}, temporary)
 

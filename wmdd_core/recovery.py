@@ -78,6 +78,11 @@ class RecoverySettings:
                 raise UserError(f"{key} is {getattr(self, key)!r}; known are {', '.join(known)}")
         if not (math.isfinite(self.lambda_bn) and self.lambda_bn >= 0):
             raise UserError(f"lambda_bn is {self.lambda_bn}; it must be zero or a positive number")
+        if self.crop_scale_start is not None and self.crop_scale_start <= self.crop_scale_min:
+            raise UserError(
+                f"crop_scale_start is {self.crop_scale_start}, and crops shrink from it to crop_scale_min,"
+                f" {self.crop_scale_min}; lower crop_scale_min"
+            )
         if self.feature_term == self.bn_term == "none" and not self.ce_weight:
             raise UserError(
                 "feature_term and bn_term are both none; there is nothing to match, so set one of them"

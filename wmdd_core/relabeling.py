@@ -97,13 +97,7 @@ def label_views(
                 " with a lower learning_rate"
             )
         if progress:
-            progress.step(epoch, len(labels), lambda: _flushed(labels, {"epochs": epoch + 1}), dict)  # noqa: B023
-
-
-def _flushed(array: np.ndarray, state: dict) -> dict:
-    if isinstance(array, np.memmap):
-        array.flush()
-    return state
+            progress.step(epoch, len(labels), lambda: {"epochs": epoch + 1}, dict)  # noqa: B023
 
 
 def soft_label_batches(

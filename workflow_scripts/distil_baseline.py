@@ -33,8 +33,10 @@ def distil(
 ) -> dict[str, Tensor]:
     """A shard's tensors, of all classes in order: normalised images (M, 3, R, R), labels, losses and so on.
 
-    `network` is what `build_model` needs but for the seed; `names` are (seed, dataset).
+    `network` is what `build_model` needs but for the seed; `names` are (seed, dataset). The real images are
+    held in memory, since each iteration reads a batch of every class.
     """
+    store = store.in_memory()
     classes, (mean, std) = len(description["classes"]), normalisation(description)
     rows = {c: np.flatnonzero(store.labels == c) for c in range(classes)}
     labels, index = torch.arange(classes).repeat_interleave(ipc), torch.arange(ipc).repeat(classes)

@@ -13,9 +13,9 @@ from wmdd_core.artifacts import read_tensors
 from wmdd_core.augmentation import normalise
 from wmdd_core.data import ImageStore
 from wmdd_core.models import Classifier
-from workflow_scripts.job import Job
+from workflow_scripts.job import Job, listed
 from workflow_scripts.real_images import images_per_pass, normalisation
-from workflow_scripts.tabulate_accuracy import check_dataset, check_lineage, check_place, listed
+from workflow_scripts.tabulate_accuracy import check_dataset, check_lineage, check_place
 
 
 @dataclass(frozen=True)

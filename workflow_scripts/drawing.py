@@ -8,13 +8,37 @@ from collections.abc import Iterable, Mapping
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 
 from wmdd_core.artifacts import replacing
+
+FALLBACKS = (
+    *(f"Noto Sans CJK {region}" for region in ("SC", "TC", "JP", "KR")),
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "Droid Sans Fallback",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Arial Unicode MS",
+)
+"""Fonts that have Chinese, Japanese or Korean characters, which DejaVu has not."""
+
+
+def font_families() -> list[str]:
+    """Where to look for a character: DejaVu, then what of `FALLBACKS` is installed.
+
+    DejaVu comes with Matplotlib and has Latin, Greek, Cyrillic and Arabic letters: figures with these alone
+    look the same everywhere.
+    """
+    installed = set(fontManager.get_font_names())
+    return ["DejaVu Sans", *(family for family in FALLBACKS if family in installed)]
+
 
 matplotlib.use("Agg")
 matplotlib.rcParams.update(
     {
-        "font.family": "DejaVu Sans",  # comes with matplotlib, so figures look the same everywhere
+        "font.family": font_families(),
         "font.size": 9,
         "axes.titlesize": 10,
         "axes.spines.top": False,

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from wmdd_core.artifacts import write_text
+from wmdd_core.device import precision
 from wmdd_core.errors import UserError
 from wmdd_core.metrics import coverage, mean_between_distance, mean_within_distance
 from wmdd_core.models import Classifier, build_model, freeze
@@ -23,7 +24,7 @@ from wmdd_core.seeding import derive_seed, numpy_generator
 from wmdd_core.training import fit, hard_label_loss, real_batches
 from workflow_scripts.distilled_sets import DistilledSet, embed_images, read_distilled_sets, real_of_class
 from workflow_scripts.drawing import class_titles, new_figure, save
-from workflow_scripts.job import Job, precision, run
+from workflow_scripts.job import Job, run
 from workflow_scripts.plot_accuracy import names_of
 from workflow_scripts.pretrain_teacher import network_of, schedule_of
 from workflow_scripts.real_images import normalisation, open_images, resident

@@ -1,10 +1,11 @@
 """The ceiling: train a student on all real images with hard labels; test it on the real test set."""
 
 from wmdd_core.artifacts import write_json
+from wmdd_core.device import precision
 from wmdd_core.models import build_model
 from wmdd_core.seeding import derive_seed
 from wmdd_core.training import accuracy, fit, hard_label_loss, test_batches
-from workflow_scripts.job import Job, precision, run
+from workflow_scripts.job import Job, run
 from workflow_scripts.pretrain_teacher import network_of, schedule_of
 from workflow_scripts.real_images import (
     normalisation,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wmdd_core.artifacts import read_json, read_tensors, write_json
+from wmdd_core.device import precision
 from wmdd_core.models import Classifier, build_model, freeze
 from wmdd_core.progress import Progress
 from wmdd_core.relabeling import (
@@ -18,7 +19,7 @@ from wmdd_core.relabeling import (
 )
 from wmdd_core.seeding import derive_seed
 from wmdd_core.training import Curve, accuracy, fit, test_batches
-from workflow_scripts.job import Job, precision, run
+from workflow_scripts.job import Job, run
 from workflow_scripts.pretrain_teacher import network_of, schedule_of
 from workflow_scripts.real_images import (
     load_teacher,

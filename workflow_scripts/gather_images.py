@@ -8,7 +8,10 @@ import numpy as np
 from wmdd_core.artifacts import read_tensors, replacing, write_json, write_tensors, write_text
 from wmdd_core.data import quantise
 from wmdd_core.errors import UserError
-from workflow_scripts.job import Job, run
+from workflow_scripts.job import Job, listed, run
+
+LOSSES = ("feature_loss", "ce_loss", "bn_loss")
+"""Terms of the loss, as shards and their sum name them."""
 
 
 def folder_name(name: str) -> str:
@@ -32,7 +35,7 @@ def write_png(path: str, images: np.ndarray, labels: np.ndarray, classes: list[s
 
 def write_losses(path: str, shards: list[dict], every: int = 10) -> None:
     """The loss terms of the set, summed over shards and classes, each tenth iteration as CSV."""
-    names = [n for n in ("feature_loss", "ce_loss", "bn_loss") if n in shards[0]]
+    names = [n for n in LOSSES if n in shards[0]]
     lines = [",".join(["iteration", *names])]
     if names:
         summed = np.stack([sum(s[n].sum(1, dtype=np.float64) for s in shards) for n in names], 1)
@@ -42,24 +45,27 @@ def write_losses(path: str, shards: list[dict], every: int = 10) -> None:
 
 
 def main(job: Job) -> None:
-    description = job.description()
-    paths = job.input["shards"] if isinstance(job.input["shards"], list) else [job.input["shards"]]
-    parts, headers = zip(*(read_tensors(p, "np") for p in paths), strict=True)
-    labels, index, weights = (np.concatenate([p[n] for p in parts]) for n in ("labels", "index", "weights"))
-    images = np.concatenate([p["images"] for p in parts])
+    description, method = job.description(), job.wildcards["method"]
     ipc, classes = int(job.wildcards["ipc"]), description["classes"]
-    order = (labels * ipc + index).argsort()
-    images, labels, weights = images[order], labels[order], weights[order]
-    if not np.array_equal(labels, np.repeat(np.arange(len(classes)), ipc)):
-        raise UserError(
-            f"the shards of {job.wildcards['method']} do not hold {ipc} images of each class; delete them"
-        )
-    if not np.isfinite(images).all():
-        raise UserError(
-            f"the shards of {job.wildcards['method']} hold pixels that are not finite; delete them"
-        )
-    images = quantise(images, description["mean"], description["std"])
-    weights = weights / np.bincount(labels, weights)[labels]
+    labels, side = np.repeat(np.arange(len(classes)), ipc), description["resolution"]
+    images, weights = np.empty((len(labels), 3, side, side), np.uint8), np.zeros(len(labels))
+    places, losses, headers = [], [], []
+    # One shard at a time: a set of ImageNet-1K is 60 GB in float32.
+    for path in listed(job.input["shards"]):
+        shard, header = read_tensors(path, "np")
+        place, pixels = shard["labels"] * ipc + shard["index"], shard.pop("images")
+        if not np.isfinite(pixels).all():
+            raise UserError(f"the shards of {method} hold pixels that are not finite; delete them")
+        if pixels.dtype != np.uint8:
+            pixels = quantise(pixels, description["mean"], description["std"])
+        known = place < len(labels)  # others are told below
+        images[place[known]], weights[place[known]] = pixels[known], shard["weights"][known]
+        places.append(place)
+        losses.append({name: values for name, values in shard.items() if name in LOSSES})
+        headers.append(header)
+    if not np.array_equal(np.sort(np.concatenate(places)), np.arange(len(labels))):
+        raise UserError(f"the shards of {method} do not hold {ipc} images of each class; delete them")
+    weights /= np.bincount(labels, weights)[labels]
 
     header = job.header(
         [description["header"], *headers],
@@ -74,7 +80,7 @@ def main(job: Job) -> None:
     tensors = {"images": images, "labels": labels, "weights": weights.astype(np.float32)}
     write_tensors(job.output["images"], tensors, header)
     write_json(job.output["header"], {"tensors": {n: list(t.shape) for n, t in tensors.items()}}, header)
-    write_losses(job.output["losses"], list(parts))
+    write_losses(job.output["losses"], losses)
     write_png(job.output["png"], images, labels, classes)
     print(f"{len(images)} images of {images.shape[-1]} pixels")
 

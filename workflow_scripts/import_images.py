@@ -6,12 +6,10 @@ import numpy as np
 import torch
 
 from wmdd_core.artifacts import write_tensors
-from wmdd_core.augmentation import normalise
 from wmdd_core.data import read_image_folder
 from wmdd_core.digests import digest
 from wmdd_core.errors import UserError
 from workflow_scripts.job import Job, run
-from workflow_scripts.real_images import normalisation
 
 
 def main(job: Job) -> None:
@@ -29,7 +27,7 @@ def main(job: Job) -> None:
         [header["lineage"][job.rule], *(hashlib.sha256(a.tobytes()).hexdigest() for a in (images, weights))]
     )
     tensors = {
-        "images": normalise(torch.from_numpy(images), *normalisation(description)),
+        "images": torch.from_numpy(images),
         "labels": torch.from_numpy(labels),
         "index": torch.arange(ipc).repeat(len(classes)),
         "weights": torch.from_numpy(weights),

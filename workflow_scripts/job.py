@@ -20,12 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from wmdd_core.artifacts import make_header, read_json
+from wmdd_core.code import code_hash, code_variable, source_stamp
 from wmdd_core.digests import digest
 from wmdd_core.errors import UserError
 from wmdd_core.memory import keep_freed_memory
@@ -99,9 +99,13 @@ class Job:
 
     def _files(self) -> list[list]:
         """Size and time of every input file: one made anew by the same settings may hold something else."""
-        listed = (files if isinstance(files, list) else [files] for files in self.input.values())
-        found = [(path, os.stat(path)) for files in listed for path in files]
-        return [[path, status.st_size, int(status.st_mtime)] for path, status in found]
+        found = []
+        for path in (path for files in self.input.values() for path in listed(files)):
+            opened = os.open(path, os.O_RDONLY)  # NFS asks its server then, where a bare stat may be outdated
+            status = os.fstat(opened)
+            os.close(opened)
+            found.append([path, status.st_size, int(status.st_mtime)])
+        return found
 
     @functools.cached_property
     def device(self) -> torch.device:
@@ -111,14 +115,27 @@ class Job:
         """
         import torch
 
+        from wmdd_core.device import compute_reproducibly
+
+        gpus = torch.cuda.device_count() if self.device_name != "cpu" else 0
         if self.device_name == "auto":
-            gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
             device = torch.device("cuda", _free_gpu(gpus)) if gpus else torch.device("cpu")
         else:
             device = torch.device(self.device_name)
         if device.type == "cuda":
+            device = torch.device("cuda", device.index or 0)
+            if device.index >= gpus:
+                raise UserError(
+                    f"device: {self.device_name} is not there, PyTorch sees {gpus} GPUs; set another"
+                )
+            torch.cuda.set_device(device)  # or else parts of PyTorch would hold memory of the first GPU, too
             compute_reproducibly()
         return device
+
+
+def listed(files: str | list[str]) -> list[str]:
+    """The files of an input that may hold one or several."""
+    return [files] if isinstance(files, str) else list(files)
 
 
 _HELD: list = []
@@ -147,28 +164,6 @@ def _free_gpu(count: int) -> int:
         time.sleep(10)
 
 
-def precision(settings: Mapping, device: torch.device) -> AbstractContextManager:
-    """How networks multiply; losses and statistics are float32 everywhere.
-
-    `auto`, the default of `settings["precision"]`, is bfloat16 on a GPU and float32 on a CPU.
-    """
-    import torch
-
-    name = settings.get("precision", "auto")
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext()
-
-
-def compute_reproducibly() -> None:
-    """Take those of a GPU's algorithms that give the same bits each time; where none does, PyTorch warns."""
-    import torch
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
-
-
 def run(main: Callable[[Job], None]) -> None:
     """Parse the command line, run `main`, and tell the user's mistakes in one line with exit status 1."""
     rule = Path(sys.argv[0]).stem
@@ -192,10 +187,17 @@ def run(main: Callable[[Job], None]) -> None:
         given.job["checkpoints"],
     )
     try:
-        with _alone(job):
-            main(job)
+        check_code(rule)
+        with _alone(job) as needed:
+            if needed:
+                main(job)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not imported by every job
+            raise
+        told = str(error).partition(". ")[0]
+        sys.exit(f"error: the GPU's memory is full ({told}); lower a batch_size, or free the GPU")
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -205,42 +207,62 @@ def run(main: Callable[[Job], None]) -> None:
         )
 
 
+def check_code(rule: str) -> None:
+    """Raise `UserError` if the rule's code is not what Snakemake read when the run began.
+
+    Its results would bear the hash of the code that was there then.
+    """
+    known = os.environ.get(code_variable(rule))
+    if known and os.environ.get("WMDD_SOURCES") != source_stamp() and code_hash(rule) != known:
+        raise UserError(f"the code of {rule} was edited since this run began; start snakemake again")
+
+
 @contextlib.contextmanager
 def _alone(job: Job):
     """Hold the job's lock: a twin that an earlier, killed Snakemake left running finishes or dies first.
 
-    The file says who holds it; `workflow_scripts.status` reads it.
+    Yields whether there is anything left to do: not if the twin has just done it. The file says who holds
+    the lock; `workflow_scripts.status` reads it.
     """
-    path = job.checkpoint(".lock")
+    path, work = job.checkpoint(".lock"), digest([job.settings, job.code, job.device_name, job._files()])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path, job.name) as file:
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "slurm": os.environ.get("SLURM_JOB_ID")}
+    file, twin = _locked(path, job.name)
+    with file:
+        slurm = os.environ.get("SLURM_JOB_ID")
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "slurm": slurm, "work": work}
         file.truncate(0)
         file.write(json.dumps(holder))
         file.flush()
+        made = [f for files in job.output.values() for f in listed(files)]
+        # Snakemake removed the outputs before this process began: what is there is the twin's, and whole.
+        done = bool(made) and work in twin and all(map(os.path.exists, made))
+        if done:
+            print("the other process has done the work", flush=True)
         try:
-            yield
+            yield not done
         finally:
             path.unlink(missing_ok=True)
 
 
-def _locked(path: Path, name: str) -> IO[str]:
-    """The file `path`, opened and locked as soon as nobody else holds it."""
+def _locked(path: Path, name: str) -> tuple[IO[str], str]:
+    """The file `path`, opened and locked as soon as nobody else holds it, and what the last holder wrote."""
+    holder = ""
     while True:
         file = open(path, "a+")  # noqa: SIM115
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
+                return file, holder
             wait = 0.0  # its holder has just ended and removed it: the next to come lock a new file
         except OSError as error:
             if error.errno in NO_LOCKS:
                 print(f"warning: {path.parent} cannot be locked ({error.strerror}); see docs/cluster.md")
-                return file
+                return file, holder
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             file.seek(0)
-            print(f"another process is at work on {name} {file.read()}; waiting for it to end", flush=True)
+            holder = file.read()
+            print(f"another process is at work on {name} {holder}; waiting for it to end", flush=True)
             wait = 5.0
         file.close()
         time.sleep(wait)

@@ -28,10 +28,10 @@ from workflow_scripts.distilled_sets import (
 )
 from workflow_scripts.drawing import line_styles, new_figure, save
 from workflow_scripts.evaluate_student import train_student
-from workflow_scripts.job import Job, run
+from workflow_scripts.job import Job, listed, run
 from workflow_scripts.plot_accuracy import names_of
 from workflow_scripts.real_images import load_teacher, open_images
-from workflow_scripts.tabulate_accuracy import check_lineage, check_place, listed
+from workflow_scripts.tabulate_accuracy import check_lineage, check_place
 
 Embedding = tuple[Classifier, Tensor, Callable[[int], Tensor]]
 """A network, its features of a distilled set, and its features of a class's real images."""

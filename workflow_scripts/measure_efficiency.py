@@ -19,6 +19,7 @@ import torch
 
 from wmdd_core.barycenter import wasserstein_barycenter
 from wmdd_core.baselines import DC_LOOPS
+from wmdd_core.device import precision
 from wmdd_core.errors import UserError
 from wmdd_core.features import extract_features
 from wmdd_core.memory import keep_freed_memory
@@ -26,12 +27,20 @@ from wmdd_core.metrics import format_mean_sd, mean_and_sd
 from wmdd_core.models import freeze
 from wmdd_core.recovery import RecoverySettings, recover_images
 from wmdd_core.seeding import numpy_generator
-from wmdd_core.timing import RESIDENT_MEMORY, IterationTimer, describe_machine, peak_memory, timed
+from wmdd_core.timing import (
+    DEVICE_MEMORY,
+    RESIDENT_MEMORY,
+    IterationTimer,
+    describe_machine,
+    peak_memory,
+    timed,
+)
 from workflow_scripts.distil_baseline import distil
-from workflow_scripts.job import Job, precision, run
+from workflow_scripts.job import Job, run
 from workflow_scripts.plain_tables import write_table
 from workflow_scripts.real_images import (
     in_order,
+    leave_cores_to_decoding,
     load_teacher,
     normalisation,
     open_images,
@@ -111,13 +120,17 @@ def measure_preparation(job: Job) -> Measured:
     """Time what precedes recovery, in seconds: features with BatchNorm statistics, then barycenters."""
     description, device = job.description(), job.device
     store = open_images(job, description, "train")
+    workers = 1
+    if not job.input.get("train"):  # read from files, as `extract_features` does
+        leave_cores_to_decoding(device)
+        workers = job.threads
     teacher, _ = load_teacher(job.input["teacher"], device)
     classes = len(description["classes"])
     features = np.empty((len(store), teacher.classifier.in_features), np.float32)
 
     def extract() -> None:
         def batches(start: int):
-            return in_order(store, description, device, start)
+            return in_order(store, description, device, start, workers)
 
         extract_features(freeze(teacher), batches, features, classes).statistics()
 
@@ -138,9 +151,9 @@ def alone(name: str, call: Callable[..., Measured], *arguments: object) -> Measu
     with ProcessPoolExecutor(1, spawn, initializer=keep_freed_memory) as pool:
         try:
             return pool.submit(call, *arguments).result()
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, torch.OutOfMemoryError) as error:
             raise UserError(
-                f"the process that measured {name} was killed, probably for its memory; take {name} off the"
+                f"the process that measured {name} ran out of memory or was killed; take {name} off the"
                 " list of methods, or measure on a larger machine"
             ) from error
 
@@ -210,12 +223,20 @@ def describe(
     """What was measured, on what, and what stands in parentheses."""
     features, barycenters = preparation.seconds
     peak, settings = preparation.peak / 2**30, job.settings
+    multiplied = settings.get("precision", "auto")
+    on_gpu = rows[0]["memory"] == DEVICE_MEMORY
+    half = multiplied == "bfloat16" or (multiplied == "auto" and on_gpu)
     notes = [
         f"Time to update one image per class by one iteration on {settings['dataset_title']}, mean ± sample"
         f" standard deviation over {rows[0]['iterations_timed']} consecutive iterations after {WARM_UP} of"
         f" warm-up. All methods optimise at {network['resolution']} pixels with the teacher's network"
-        f" ({network['architecture']}); DC and DM draw it anew in each iteration, the others use the trained"
-        " one.",
+        f" ({network['architecture']}); DC and DM draw it anew in each iteration"
+        + (
+            " and compute in float32, the others use the trained one in bfloat16."
+            if half
+            else ", the others use the trained one."
+        )
+        + (" On a GPU the latter replay CUDA graphs." if on_gpu else ""),
         f"Peak memory: {rows[0]['memory']}, a process for each method"
         + (", libraries included." if rows[0]["memory"] == RESIDENT_MEMORY else "."),
         f"Total time: {settings['projected_iterations']} iterations, projected from the mean; for methods"

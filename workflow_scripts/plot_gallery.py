@@ -16,9 +16,9 @@ from PIL import Image
 from wmdd_core.artifacts import read_tensors, write_text
 from wmdd_core.errors import UserError
 from workflow_scripts.drawing import DPI, class_titles, new_figure, save
-from workflow_scripts.job import Job, run
+from workflow_scripts.job import Job, listed, run
 from workflow_scripts.real_images import open_images
-from workflow_scripts.tabulate_accuracy import SYMBOLS, check_dataset, check_lineage, check_place, listed
+from workflow_scripts.tabulate_accuracy import SYMBOLS, check_dataset, check_lineage, check_place
 
 CLASSES_SHOWN = 10
 IMAGES_SHOWN = 10

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import nn
 
 from wmdd_core.artifacts import read_tensors, write_json, write_tensors, write_text
+from wmdd_core.device import precision
 from wmdd_core.errors import UserError
 from wmdd_core.models import Classifier, build_model, load_weights
 from wmdd_core.seeding import derive_seed
 from wmdd_core.training import Curve, Schedule, accuracy, fit, hard_label_loss, test_batches
-from workflow_scripts.job import Job, precision, run
+from workflow_scripts.job import Job, run
 from workflow_scripts.real_images import (
     normalisation,
     open_images,
@@ -70,6 +71,9 @@ def main(job: Job) -> None:
         )
     if job.device_name not in ("auto", "cpu"):
         raise UserError(f"device: {job.device_name} is one GPU for {gpus} processes; set device: auto")
+    seen = torch.cuda.device_count() if job.device_name == "auto" else 0
+    if 0 < seen < gpus:
+        raise UserError(f"{gpus} GPUs are to share a batch, and PyTorch sees {seen}; ask for as many")
     launch(job, gpus)
 
 

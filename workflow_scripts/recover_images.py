@@ -5,11 +5,12 @@ import torch
 
 from wmdd_core.artifacts import read_arrays, read_json, read_tensors, write_tensors
 from wmdd_core.batchnorm import LayerStatistics
+from wmdd_core.device import precision
 from wmdd_core.errors import UserError
 from wmdd_core.models import freeze
 from wmdd_core.recovery import RecoverySettings, Shard, recover_images
 from wmdd_core.sharding import shard_members
-from workflow_scripts.job import Job, precision, run
+from workflow_scripts.job import Job, run
 from workflow_scripts.real_images import load_teacher, normalisation, open_images
 from workflow_scripts.select_images import check_class_sizes, draw_random
 

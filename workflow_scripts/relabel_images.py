@@ -3,8 +3,9 @@
 import numpy as np
 
 from wmdd_core.artifacts import read_tensors, write_json
+from wmdd_core.device import precision
 from wmdd_core.relabeling import ViewSettings, label_views
-from workflow_scripts.job import Job, precision, run
+from workflow_scripts.job import Job, run
 from workflow_scripts.real_images import images_per_pass, load_teacher, normalisation
 
 

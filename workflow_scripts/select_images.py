@@ -10,7 +10,7 @@ from wmdd_core.data import ImageStore
 from wmdd_core.errors import UserError
 from wmdd_core.seeding import derive_seed, torch_generator
 from workflow_scripts.job import Job, run
-from workflow_scripts.real_images import normalisation, open_images
+from workflow_scripts.real_images import open_images
 
 
 def check_class_sizes(description: dict, dataset: str, ipc: int) -> None:
@@ -70,7 +70,7 @@ def main(job: Job) -> None:
 
     count = len(rows) * ipc
     tensors = {
-        "images": normalise(store.read(torch.cat(rows).numpy()), *normalisation(description)),
+        "images": store.read(torch.cat(rows).numpy()),
         "labels": torch.arange(len(rows)).repeat_interleave(ipc),
         "index": torch.arange(ipc).repeat(len(rows)),
         "weights": torch.full((count,), 1 / ipc, dtype=torch.float64),

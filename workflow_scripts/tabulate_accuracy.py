@@ -20,7 +20,7 @@ import pandas as pd
 from wmdd_core.artifacts import read_json, write_text
 from wmdd_core.errors import UserError
 from wmdd_core.metrics import format_mean_sd, mean_and_sd
-from workflow_scripts.job import Job, run
+from workflow_scripts.job import Job, listed, run
 
 COLUMNS = (
     "dataset",
@@ -464,11 +464,6 @@ def as_latex(table: Pivot, *notes: str) -> str:
             texts = (spanning(escape(cell_text(row)), columns, "c") for row, columns in cells)
             lines.append(line([*map(escape, names), *texts]))
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
-
-
-def listed(files: str | list[str]) -> list[str]:
-    """Files of an input that may hold one or several."""
-    return [files] if isinstance(files, str) else list(files)
 
 
 def main(job: Job) -> None:

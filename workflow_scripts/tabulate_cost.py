@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from wmdd_core.metrics import format_mean_sd, mean_and_sd
-from workflow_scripts.job import Job, run
+from workflow_scripts.job import Job, listed, run
 from workflow_scripts.plain_tables import write_table
-from workflow_scripts.tabulate_accuracy import listed, provenance, read_cells
+from workflow_scripts.tabulate_accuracy import provenance, read_cells, tested_on
 
 STEPS = ("barycenters", "recovery", "relabel", "training")
 """Steps whose seconds are read from benchmark files."""
@@ -25,10 +25,14 @@ def bytes_of(path: str) -> int | None:
     return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
 
 
-def seconds_of(paths: Iterable[str]) -> float | None:
-    """Summed seconds of benchmark files, None unless all of them are there and whole."""
+def seconds_of(pattern: str, parts: int | Iterable[str]) -> float | None:
+    """Summed seconds of benchmark files, None unless all of them are there and whole.
+
+    `parts` are what stands for {} in `pattern`, or how many numbers do.
+    """
     total = 0.0
-    for path in paths:
+    for part in range(parts) if isinstance(parts, int) else parts:
+        path = pattern.format(part)
         if not os.path.exists(path):
             return None
         with open(path, newline="", encoding="utf-8") as file:
@@ -48,7 +52,7 @@ def build_row(
     def text(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    seconds = {step: seconds_of(cell["benchmarks"][step]) for step in STEPS if step in cell["benchmarks"]}
+    seconds = {step: seconds_of(*cell["benchmarks"][step]) for step in STEPS if step in cell["benchmarks"]}
     if seconds["training"] is not None:  # of one student
         seconds["training"] /= cell["seeds"]
     row = {key: cell[key] for key in ("method", "dataset", "ipc", "student")}
@@ -111,7 +115,7 @@ def build_shown(rows: list[dict[str, str]], labels: Mapping) -> list[list[str]]:
     return shown
 
 
-def describe(settings: Mapping) -> str:
+def describe(settings: Mapping, rows: list[dict[str, str]]) -> str:
     """What the columns are."""
     soft, hard = settings["recipes"]["soft"], settings["recipes"]["hard"]
     return (
@@ -119,7 +123,7 @@ def describe(settings: Mapping) -> str:
         " folder of PNG. Soft labels: the teacher's float16 logits on every view of every image. Seconds: run"
         " time of the jobs on the machine that ran them, their start included, summed over shards and"
         " classes, training for one student; of an interrupted job the time of its last part. Barycenters: of"
-        " methods that match them. Accuracy: top-1 on the real test set, mean ± sample"
+        f" methods that match them. Accuracy: top-1 on {tested_on(rows, settings['labels'])}, mean ± sample"
         f" standard deviation over students, with the recipes {soft} (soft labels) and {hard} (hard labels)."
         " IPC: images per class. –: not measured, or not part of the method."
     )
@@ -146,7 +150,7 @@ def main(job: Job) -> None:
         for n, cell in enumerate(cells)
     ]
     evaluations = [e for found in accuracy.values() for cell in found for e in cell]
-    notes = [describe(settings), provenance(evaluations)]
+    notes = [describe(settings, rows), provenance(evaluations)]
     write_table(job.output, rows, build_shown(rows, settings["labels"]), settings["title"], notes)
     print(f"{len(rows)} sets")
 

@@ -257,7 +257,7 @@ def test_twins_never_work_at_the_same_time(cluster, restarted):
     assert states(cluster.jobs(directory)) == ["COMPLETED", "COMPLETED"]
     log = log_of(directory, "twin")
     assert "another process is at work" in log and "\0" not in log
-    assert log.index("waiting for it to end") < log.index("top-1")
+    assert log.index("waiting for it to end") < log.index("the other process has done the work")
 
 
 def _text(directory: Path, teacher: str) -> str:
