@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= 2
 
-.PHONY: demo test install install-dev format clean-checkpoints
+.PHONY: demo test install install-dev format
 
 demo: install ## distil the embedded digits and build results/report/index.html
 	$(BIN)/snakemake --cores $(CORES)

@@ -75,6 +75,8 @@ def run_stage(stage: str, given: argparse.Namespace) -> None:
     from workflow_scripts.plain_tables import as_markdown
 
     device = given.device or ("cuda" if given.size == "gpu" else "cpu")
+    if stage == "barycenter":
+        device = "cpu"  # both sides compute without PyTorch
     compared = []
     rows = SIZES[stage][given.size]
     for number in given.row or range(len(rows)):

@@ -107,9 +107,8 @@ def compare(
         finally:
             for pool in pools.values():
                 pool.shutdown()
-    return Compared(
-        stage, dict(sizes), device, seconds, peak, figures, differences, target, describe_origin(threads)
-    )
+    origin = describe_origin(threads, device)
+    return Compared(stage, dict(sizes), device, seconds, peak, figures, differences, target, origin)
 
 
 _work = None
@@ -182,16 +181,19 @@ def check_agreement(stage: str, sizes: Mapping, ours: Mapping, plain: Mapping) -
     return {"largest": max(differences.values())} if "" in tolerances else differences
 
 
-def describe_origin(threads: int) -> dict[str, str]:
+def describe_origin(threads: int, device: str = "cpu") -> dict[str, str]:
     """Machine, versions, date and commit."""
+    import torch
+
     from wmdd_core.timing import processor_name
 
+    gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     versions = [f"{name} {version(name)}" for name in PACKAGES]
     return {
-        "machine": f"{processor_name()}, {threads} threads, {platform.system()} {platform.release()}",
+        "machine": f"{gpu}{processor_name()}, {threads} threads, {platform.system()} {platform.release()}",
         "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
         "date": date.today().isoformat(),
         "commit": git.stdout.strip() or "unknown",
