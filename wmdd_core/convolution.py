@@ -26,14 +26,19 @@ from torch import Tensor, nn
 TILES = 128
 """Tiles in a block, or one image's: 2.4 MB at 64 channels. Fewer than these are not worth the transforms."""
 
-SPECTRUM = 2**20
-"""Weights up to which each thread has transformed ones of its own (16 MB)."""
-
 IMAGE_CHANNELS = 4
 """Channels up to which the input of a convolution counts as images."""
 
 OUTPUTS = 2**18
 """Outputs beyond which the gradient of images repays its kernels: 16 images of 16 pixels and 64 channels."""
+
+BY_PLACE = {"groups": 36, "dilation": 2}
+"""The products of matrices at the 36 places, as groups of a 1×1 convolution.
+
+oneDNN computes it with AVX-512 on every processor that has it, PyTorch's products of matrices on Intel's
+alone: on AMD's latest that is half the time. A dilation, which means nothing to a 1×1 kernel, keeps PyTorch
+from computing it by those products where there is one thread.
+"""
 
 # Bᵀ and Aᵀ are written out below; points 0, ±1, ±2 and ∞.
 G = torch.tensor(
@@ -143,8 +148,7 @@ class MinimalFiltering(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        tiling = _tile(x, weight)
-        return _convolved(x, _spectrum(weight, tiling).transpose(1, 2), tiling, bias)
+        return _convolved(x, _spectrum(weight), _tile(x), bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -157,9 +161,10 @@ class MinimalFiltering(torch.autograd.Function):
                 nn.grad.conv2d_weight(x, weight.shape, gradient, padding=1) if of_weight else None,
                 bias,
             )
-        tiling = _tile(x, weight)
+        tiling = _tile(x)
+        mirrored = weight.flip(2, 3).transpose(0, 1)
         return (
-            _convolved(gradient, _spectrum(weight, tiling, mirrored=True), tiling) if of_x else None,
+            _convolved(gradient, _spectrum(mirrored), tiling) if of_x else None,
             _weight_gradient(x, gradient, tiling) if of_weight else None,
             bias,
         )
@@ -174,16 +179,15 @@ class Tiling(NamedTuple):
     columns: int
 
 
-def _tile(x: Tensor, weight: Tensor) -> Tiling:
-    """A block for each thread, but for kernels so many that each block would need megabytes of its own.
+def _tile(x: Tensor) -> Tiling:
+    """A block for each thread.
 
     Operations split their outermost dimension, so every thread finds in its cache what it wrote before, in
     this layer and the last. Threads at work on one block took up to twice as long.
     """
     rows, columns = _tiles(x.shape[2]), _tiles(x.shape[3])
     most = max(1, TILES // (rows * columns))
-    threads = torch.get_num_threads() if weight.numel() <= SPECTRUM else 1
-    blocks = min(threads, -(-len(x) // most))
+    blocks = min(torch.get_num_threads(), -(-len(x) // most))
     share = len(x) // blocks
     return Tiling(blocks, -(-share // -(-share // most)), rows, columns)
 
@@ -201,24 +205,23 @@ def _tiles(side: int) -> int:
 
 
 def _convolved(x: Tensor, spectrum: Tensor, tiling: Tiling, bias: Tensor | None = None) -> Tensor:
-    """Y of every tile, cut to the size of x (N, C, H, W); `spectrum` has the kernels' G g Gᵀ, (36, C, K), for
-    each block."""
-    (count, _, height, width), channels = x.shape, spectrum.shape[2]
+    """Y of every tile, cut to the size of x (N, C, H, W), for kernels of this `_spectrum`."""
+    (count, _, height, width), channels = x.shape, len(spectrum) // 36
     blocks, each, rows, columns = tiling
-    products, half = (x.new_empty(blocks, k, 6, each, rows, columns, channels) for k in (6, 4))
-    spare = x.new_empty(blocks, 6, each, rows, columns, channels)
+    half, spare = (x.new_empty(blocks, each, rows, columns, k, channels) for k in (24, 6))
     found = torch.empty((count, channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
     output = found.permute(0, 2, 3, 1)
     fits = height % 4 == width % 4 == 0
     patch = None if fits else x.new_empty(blocks, each, 4 * rows, 4 * columns, channels)
     for own, tiles in zip(_parts(output, tiling), _transformed_parts(x, tiling), strict=True):
         b, n = own.shape[:2]
-        product, part, free = products[:b, :, :, :n], half[:b, :, :, :n], spare[:b, :, :n]
-        torch.bmm(tiles, spectrum[: len(tiles)], out=product.flatten(3, 5).flatten(0, 2))
-        _output_transform(product.unbind(1), part.unbind(1), free)
+        part, free = half[:b, :n].unflatten(4, (4, 6)), spare[:b, :n]
+        product = F.conv2d(_planes(tiles), spectrum, **BY_PLACE).permute(0, 2, 3, 1)
+        product = product.reshape(b, n, rows, columns, 6, 6, channels)
+        _output_transform(product.unbind(4), part.unbind(4), free)
         target = own if patch is None else patch[:b, :n]
-        by_place = target.unflatten(3, (columns, 4)).unflatten(2, (rows, 4)).permute(5, 0, 3, 1, 2, 4, 6)
-        _output_transform(part.unbind(2), by_place.unbind(0), free[:, :4])
+        by_place = target.unflatten(3, (columns, 4)).unflatten(2, (rows, 4)).permute(5, 0, 1, 2, 4, 3, 6)
+        _output_transform(part.unbind(5), by_place.unbind(0), free[..., :4, :])
         if patch is not None:
             own.copy_(target[:, :, :height, :width])
         if bias is not None:
@@ -232,41 +235,50 @@ def _weight_gradient(x: Tensor, gradient: Tensor, tiling: Tiling) -> Tensor:
     blocks, each, rows, columns = tiling
     patch = x.new_zeros(blocks, each, 4 * rows, 4 * columns, outputs)
     half = x.new_empty(blocks, 6, each, rows, 4 * columns, outputs)
-    whole = x.new_empty(blocks, 6, 6, each, rows, columns, outputs)
-    total = x.new_zeros(blocks * 36, outputs, channels)
+    whole = x.new_empty(blocks, each, rows, columns, 6, 6, outputs)
+    total = x.new_zeros(36 * outputs, channels, 1, 1)
     parts = _parts(gradient.permute(0, 2, 3, 1), tiling)
     for own, tiles in zip(parts, _transformed_parts(x, tiling), strict=True):
         b, n = own.shape[:2]
         patch[:b, :n, :height, :width] = own
-        part, result = half[:b, :, :n], whole[:b, :, :, :n]
+        part, result = half[:b, :, :n], whole[:b, :n]
         _output_adjoint(patch[:b, :n].unflatten(2, (rows, 4)).unbind(3), part.unbind(1))
-        _output_adjoint(part.unflatten(4, (columns, 4)).unbind(5), result.unbind(2))
-        total[: len(tiles)].baddbmm_(result.flatten(3, 5).flatten(0, 2).transpose(1, 2), tiles)
-    kernels = G_BOTH.to(x.dtype).T @ total.view(blocks, 36, -1).sum(0)
+        _output_adjoint(part.unflatten(4, (columns, 4)).unbind(5), _by_row(result).unbind(5))
+        total += nn.grad.conv2d_weight(_planes(tiles), total.shape, _planes(result), **BY_PLACE)
+    kernels = G_BOTH.to(x.dtype).T @ total.view(36, -1)
     return kernels.view(3, 3, outputs, channels).permute(2, 3, 0, 1)
 
 
 def _transformed_parts(x: Tensor, tiling: Tiling) -> Iterator[Tensor]:
-    """Bᵀ d B of the tiles of each part, (blocks · 36, tiles, C). The next one overwrites it."""
+    """Bᵀ d B of the tiles of each part, (blocks, images, rows, columns, 6, 6, C). The next overwrites it."""
     _, channels, height, width = x.shape
     blocks, each, rows, columns = tiling
     padded = x.new_zeros(blocks, each, 4 * rows + 2, 4 * columns + 2, channels)
     half = x.new_empty(blocks, 6, each, rows, 4 * columns + 2, channels)
-    whole = x.new_empty(blocks, 6, 6, each, rows, columns, channels)
+    whole = x.new_empty(blocks, each, rows, columns, 6, 6, channels)
     for images in _parts(x.permute(0, 2, 3, 1), tiling):
         b, n = images.shape[:2]
         padded[:b, :n, 1 : height + 1, 1 : width + 1] = images
-        part, result = half[:b, :, :n], whole[:b, :, :, :n]
+        part, result = half[:b, :, :n], whole[:b, :n]
         _input_transform(padded[:b, :n].unfold(2, 6, 4).unbind(-1), part.unbind(1))
-        _input_transform(part.unfold(4, 6, 4).unbind(-1), result.unbind(2))
-        yield result.flatten(3, 5).flatten(0, 2)
+        _input_transform(part.unfold(4, 6, 4).unbind(-1), _by_row(result).unbind(5))
+        yield result
 
 
-def _spectrum(weight: Tensor, tiling: Tiling, mirrored: bool = False) -> Tensor:
-    """G g Gᵀ of the kernels g, mirrored or not, once for each block: (K, C, 3, 3) → (blocks · 36, K, C)."""
-    kernels, both = weight.permute(2, 3, 0, 1), G_BOTH.to(weight.dtype)
-    spectrum = (both.flip(1) if mirrored else both) @ kernels.reshape(9, -1)
-    return spectrum.expand(tiling.blocks, -1, -1).reshape(-1, *kernels.shape[2:])
+def _by_row(whole: Tensor) -> Tensor:
+    """(blocks, images, rows, columns, 6, 6, C) as (blocks, 6, images, rows, columns, 6, C)."""
+    return whole.permute(0, 4, 1, 2, 3, 5, 6)
+
+
+def _planes(whole: Tensor) -> Tensor:
+    """(blocks, images, rows, columns, 6, 6, C) as images (blocks, 36 · C, images · rows, columns)."""
+    return whole.flatten(1, 2).flatten(3).permute(0, 3, 1, 2)
+
+
+def _spectrum(weight: Tensor) -> Tensor:
+    """G g Gᵀ of the kernels g, place by place: (K, C, 3, 3) → (36 · K, C, 1, 1)."""
+    kernels = weight.permute(2, 3, 0, 1)
+    return (G_BOTH.to(weight.dtype) @ kernels.reshape(9, -1)).view(-1, kernels.shape[3], 1, 1)
 
 
 def _input_transform(d: Sequence[Tensor], v: Sequence[Tensor]) -> None:
