@@ -122,6 +122,15 @@ def test_another_file_of_weights_or_of_a_set_made_elsewhere_is_taken_in(smoke, t
     assert torch.equal(taken["images"], theirs["images"])
     torch.testing.assert_close(taken["weights"], theirs["weights"])
     assert len(theirs["weights"].unique()) > 2
+    for file in given.values():  # gone, as from a scratch disk: what was made of it stays
+        file.rename(file.with_suffix(".away"))
+    done = run_snakemake(directory, "--cores", "1", *targets, *files, preset="")
+    assert done.returncode == 1 and "Missing input files" in done.stdout + done.stderr
+    assert all((directory / target).exists() for target in targets)
+    done = run_snakemake(directory, "--dry-run", targets[1], *files, preset="")  # its shard is enough for it
+    assert done.returncode == 0 and not count_jobs(done.stdout + done.stderr)
+    for file in given.values():
+        file.with_suffix(".away").rename(file)
     for file in given.values():
         tensors, header = read_tensors(file)
         write_tensors(file, {name: tensor + (tensor.ndim == 4) for name, tensor in tensors.items()}, header)
