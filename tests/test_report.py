@@ -17,7 +17,7 @@ from PIL import Image
 
 from wmdd_core.artifacts import make_header, write_json, write_tensors
 from wmdd_core.errors import UserError
-from workflow_scripts import build_page, plot_accuracy, plot_gallery, plot_sweep, tabulate_accuracy
+from workflow_scripts import build_page, drawing, plot_accuracy, plot_gallery, plot_sweep, tabulate_accuracy
 from workflow_scripts.drawing import COLOURS, base_name, colour_of, line_styles, new_figure, save
 from workflow_scripts.job import Job
 from workflow_scripts.plain_tables import as_markdown, write_table
@@ -325,6 +325,11 @@ def test_two_published_figures_for_one_place_are_refused(tmp_path):
 
 
 # ---- figures ---------------------------------------------------------------------------------
+
+
+def test_characters_that_dejavu_lacks_are_looked_for_in_the_fonts_that_are_there(monkeypatch):
+    monkeypatch.setattr(drawing.fontManager, "get_font_names", lambda: ["Arial", "WenQuanYi Zen Hei"])
+    assert drawing.font_families() == ["DejaVu Sans", "WenQuanYi Zen Hei"]
 
 
 def test_a_method_has_one_colour_and_variants_differ_in_marker_or_dashes():
