@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--images", metavar="FOLDER", help="a folder of class folders, for features")
     parser.add_argument("--count", type=int, help="images to embed, for features")
     parser.add_argument("--epochs", type=int, help="for relabel and evaluate")
+    parser.add_argument("--test", type=int, help="test images, for evaluate")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: that of the size")
@@ -85,8 +86,9 @@ def run_stage(stage: str, given: argparse.Namespace) -> None:
             sizes = {**sizes, "root": str(Path(given.images).expanduser())}
         if stage == "features" and given.count:
             sizes = {**sizes, "images": given.count}
-        if "epochs" in sizes and given.epochs:
-            sizes = {**sizes, "epochs": given.epochs}
+        for key in ("epochs", "test"):
+            if key in sizes and getattr(given, key):
+                sizes = {**sizes, key: getattr(given, key)}
         compared.append(
             compare(stage, sizes, device=device, threads=given.threads, repeats=given.repeats, target=target)
         )

@@ -13,6 +13,7 @@ from benchmarks import stages
 from benchmarks.__main__ import SIZES
 from benchmarks.compare import (
     COLUMNS,
+    WHOLE,
     Compared,
     Disagreement,
     build_lines,
@@ -22,6 +23,7 @@ from benchmarks.compare import (
     write_json,
 )
 from benchmarks.limits import count_operations, measured_before, operations_of
+from benchmarks.plain import epochs_tested
 from benchmarks.scaling import draw, slope
 from benchmarks.startup import ROOT, UNUSED, check_unused, imported, scripts
 from wmdd_core.models import build_model
@@ -87,6 +89,7 @@ def test_a_whole_evaluation_is_reckoned_from_its_parts():
     compared = Compared("evaluate", {}, "cpu", {}, {}, {"ours": repeats, "plain": repeats}, {})
     assert whole_evaluation(compared, "ours") == pytest.approx(300 * 2 + 3925 * 0.2)
     assert whole_evaluation(compared, "plain") == pytest.approx(300 * 2 + 31 * 3925 * 0.2)
+    assert WHOLE["tests"]["plain"] == len(epochs_tested(WHOLE["epochs"])) == 31
 
 
 def test_jobs_import_nothing_that_they_do_not_use():

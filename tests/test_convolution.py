@@ -44,8 +44,6 @@ def test_transforms_are_the_published_matrices():
     tile, six, four = drawn(6, 10), torch.empty(6, 10).double(), torch.empty(4, 10).double()
     convolution._input_transform(tile.unbind(), six.unbind())
     torch.testing.assert_close(six, torch.tensor(B_T).double() @ tile)
-    convolution._output_adjoint(tile[:4].unbind(), six.unbind())
-    torch.testing.assert_close(six, torch.tensor(A_T).double().T @ tile[:4])
     wanted = torch.tensor(A_T).double() @ tile
     convolution._output_transform(tile.unbind(), four.unbind(), torch.empty(10).double())
     torch.testing.assert_close(four, wanted)
@@ -70,18 +68,16 @@ def test_values_and_gradients_are_those_of_the_convolution(shape, channels_last,
 @pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)])
 def test_only_the_wanted_gradients_are_computed(wanted, monkeypatch):
     asked = []
-    for name in ("_weight_gradient", "_spectrum"):
-        real = getattr(convolution, name)
-        monkeypatch.setattr(
-            convolution, name, lambda *a, _r=real, _n=name, **k: asked.append(_n) or _r(*a, **k)
-        )
+    for owner, name in ((torch.nn.grad, "conv2d_weight"), (convolution, "_spectrum")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _r=real, _n=name, **k: asked.append(_n) or _r(*a, **k))
     given = [drawn(3, 4, 8, 8), drawn(5, 4, 3, 3), None]
     for i in wanted:
         given[i].requires_grad_()
     found = MinimalFiltering.apply(*given)
     asked.clear()
     found.sum().backward()
-    assert asked == ["_spectrum"] * (0 in wanted) + ["_weight_gradient"] * (1 in wanted)
+    assert asked == ["conv2d_weight"] * (1 in wanted) + ["_spectrum"] * (0 in wanted)
     assert [given[i].grad is not None for i in (0, 1)] == [i in wanted for i in (0, 1)]
 
 
@@ -127,12 +123,10 @@ def filtered(monkeypatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("channels", "shape", "chosen"),
     [
-        (128, (32, 8, 8), True),
-        (128, (31, 8, 8), False),  # fewer tiles than make a block
+        (128, (64, 8, 8), True),
+        (128, (63, 8, 8), False),  # fewer tiles than make a block
         (128, (200, 6, 6), False),
-        (64, (4, 28, 28), True),
-        (64, (16, 16, 16), False),
-        (32, (4, 64, 64), False),
+        (64, (4, 64, 64), False),
     ],
 )
 def test_it_is_used_where_it_pays(channels, shape, chosen, filtered):
@@ -255,9 +249,9 @@ def test_networks_are_those_of_pytorchs_convolutions(architecture, filtered):
     plain = placed(freeze(build_model(architecture, 5, 32, seed=0, width=128)), "plain", "cpu")
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
     assert not any(isinstance(m, Conv2d) for m in plain.modules())
-    x = drawn(8, 3, 32, 32, dtype=torch.float32).requires_grad_()
+    x = drawn(16, 3, 32, 32, dtype=torch.float32).requires_grad_()
     outputs = [network(x) for network in (model, plain)]
-    assert len(filtered) == {"resnet18": 7, "resnet50": 6, "convnet": 1}[architecture]
+    assert len(filtered) == {"resnet18": 3, "resnet50": 3, "convnet": 1}[architecture]
     gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in outputs]
     for (found, wanted), allowed in ((outputs, 2e-5), (gradients, 1e-2)):
         assert (found - wanted).norm() / wanted.norm() < allowed
