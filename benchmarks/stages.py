@@ -381,8 +381,8 @@ def relabel(
     written = folder / side
 
     def ours(views: dict, epochs: int) -> None:
+        from wmdd_core.device import images_per_pass
         from wmdd_core.relabeling import ViewSettings, label_views
-        from workflow_scripts.real_images import images_per_pass
 
         shape = (epochs, images, 10)
         labels = np.lib.format.open_memmap(emptied(written) / "labels.npy", "w+", np.float16, shape)

@@ -30,6 +30,8 @@ UNUSED = {
     "relabel_images": NETWORKS,
     "evaluate_student": NETWORKS,
     "gather_images": ("torch", *NETWORKS),
+    "measure_distances": ("matplotlib", "torchvision"),
+    "embed_tsne": ("matplotlib", "torchvision"),
     "plot_accuracy": ("torch", "torchvision", "sklearn"),
     "plot_sweep": ("torch", "torchvision", "sklearn"),
     "tabulate_accuracy": ("torch", "torchvision", "sklearn", "matplotlib"),

@@ -5,6 +5,7 @@ import gc
 import os
 import re
 import sys
+from pathlib import Path
 
 import yaml
 
@@ -49,11 +50,19 @@ except ConfigError as error:
     stop(error)
 
 
+def _read_by_rules():
+    """A digest of the configuration and of the rules, which make jobs of it."""
+    root = Path(workflow.basedir)
+    files = [root / "Snakefile", *sorted(root.glob("rules/*.smk")), *sorted(root.glob("rules/*.py"))]
+    return digest([config, *(file.read_text(encoding="utf-8") for file in files)])
+
+
 if workflow.is_main_process:
-    os.environ.update(WMDD_CONFIG=digest(config), WMDD_SOURCES=source_stamp())
-elif os.environ.get("WMDD_CONFIG", digest(config)) != digest(config):
+    os.environ.update(WMDD_CONFIG=_read_by_rules(), WMDD_SOURCES=source_stamp())
+elif os.environ.get("WMDD_CONFIG", _read_by_rules()) != _read_by_rules():
     # On a cluster each job reads the files again, and is recorded with what they said when the run began.
-    stop("it was edited since this run began; put it back, or end the run and start it again")
+    told = "the configuration or rules/ was edited since this run began"
+    sys.exit(f"error: {told}; put it back, or end the run and start it again")
 
 
 # ---- paths -----------------------------------------------------------------------------------
@@ -237,10 +246,14 @@ def gpus_of_job(wildcards, resources):
 
 
 def run_script(rule, environment=""):
-    """Every rule's command. Threads are no parameter: they change no result that matters."""
+    """Every rule's command. Threads are no parameter: they change no result that matters.
+
+    Files and settings come through a pipe, from a command built into the shell: thousands of files are
+    longer than the 128 KiB that Linux takes for an argument of a program.
+    """
     return (
-        f"{environment}python -m workflow_scripts.{rule} {{params.job:q}} {{params.settings:q}} {{params.code}}"
-        " --threads {threads} > {log:q} 2>&1"
+        f"printf '%s\\n' {{params.job:q}} {{params.settings:q}} |"
+        f" {environment}python -m workflow_scripts.{rule} {{params.code}} --threads {{threads}} > {{log:q}} 2>&1"
     )
 
 
@@ -285,11 +298,16 @@ def table_files(name, caption):
     return {"csv": csv, "md": f"{TABLE}.md".format(table=name), "tex": f"{TABLE}.tex".format(table=name)}
 
 
-def figure_files():
-    """A figure's files as a rule's outputs."""
+def drawing_files():
+    """A figure's drawings as a rule's outputs."""
     labels = {"figure": "{figure}"}
     png = report(f"{FIGURE}.png", category="Figures", caption="../report/figure.rst", labels=labels)
-    return {"png": png, "pdf": f"{FIGURE}.pdf", "csv": f"{FIGURE}.csv"}
+    return {"png": png, "pdf": f"{FIGURE}.pdf"}
+
+
+def figure_files():
+    """A figure's drawings and their numbers as the outputs of one rule."""
+    return {**drawing_files(), "csv": f"{FIGURE}.csv"}
 
 
 def table_csv(table):

@@ -298,8 +298,10 @@ def prepare_environment(root: str) -> None:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-    os.environ.update(PATH=path, PYTHONPATH=str(root))
+    first = {"PATH": os.path.dirname(sys.executable), "PYTHONPATH": str(root)}
+    for name, folder in first.items():
+        others = [p for p in os.environ.get(name, "").split(os.pathsep) if p and p != folder]
+        os.environ[name] = os.pathsep.join([folder, *others])
     if "WMDD_COMMIT" not in os.environ:
         describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
         try:

@@ -12,10 +12,11 @@ rule describe_dataset:
         "../envs/wmdd.yaml"
     params:
         **params_of("describe_dataset"),
+        download=may_download,
     message:
         "Describe dataset {wildcards.dataset}"
     shell:
-        run_script("describe_dataset")
+        run_script("describe_dataset", "WMDD_DOWNLOAD={params.download} ")
 
 
 rule decode_images:

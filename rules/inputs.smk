@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from snakemake.utils import update_config
 
 from rules.plan import DECODERS
-from wmdd_core.terms import SET_TERMS
+from wmdd_core.terms import SET_TERMS, check_network, tell_apart
 
 # ---- data ------------------------------------------------------------------------------------
 
@@ -16,10 +16,18 @@ from wmdd_core.terms import SET_TERMS
 def describe_dataset_settings(w):
     dataset = entry("datasets", w.dataset, w.dataset)
     return {
-        **without(dataset, "title", "teacher", "flip", "store_train", "classes"),
+        **without(dataset, "title", "teacher", "flip", "store_train", "classes", "download"),
         "classes": class_total(w.dataset),
         "seed": config["seed"],
     }
+
+
+def may_download(wildcards, input):
+    """Whether a dataset may be fetched. No setting: it decides whether there are images, not which.
+
+    Snakemake never compares a parameter that reads `input`.
+    """
+    return int(entry("datasets", wildcards.dataset, wildcards.dataset).get("download", False))
 
 
 @settings_for
@@ -47,6 +55,17 @@ def crops_of(w):
     return "centres" if real_images(w) else "files"
 
 
+def stamp_of(path):
+    """A digest of size and time of a file, or of names, sizes and times of all files in a folder.
+
+    Snakemake asks only whether an input is newer than what was made of it: another file that is older, copied
+    or renamed with its times, would count as the one before.
+    """
+    paths = [path] if os.path.isfile(path) else []
+    paths += sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return digest([[os.path.relpath(p, path), os.path.getsize(p), int(os.path.getmtime(p))] for p in paths])
+
+
 def file_given(path):
     """A file of the user's as an input, but for a folder: another one of its name counts.
 
@@ -62,10 +81,23 @@ def weights_given(w):
     return [] if weights == "torchvision" else file_given(weights)
 
 
+def weights_stamp(w):
+    """Size and time of the file that a teacher is loaded from, as a digest."""
+    path = weights_given(w)
+    return stamp_of(path) if path else ""
+
+
 @settings_for
 def pretrain_teacher_settings(w):
+    teacher = entry("teachers", w.teacher, w.dataset)
+    if "weights" in teacher:  # its schedule is read for t-SNE's networks alone
+        if teacher["weights"] == "torchvision" and not teacher["architecture"].startswith("resnet"):
+            stop(
+                f"teachers.{w.teacher}.weights: torchvision has none of {teacher['architecture']}; name a file"
+            )
+        return {**pick(teacher, "architecture", "width", "depth", "weights"), "seed": config["seed"]}
     return {
-        **entry("teachers", w.teacher, w.dataset),
+        **teacher,
         "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
         "crops_of": crops_of(w),
         "seed": config["seed"],
@@ -150,6 +182,11 @@ def recover_images_input(w):
 
 @settings_for
 def recover_images_settings(w):
+    method = method_of(w)
+    if method.get("crop_scale_start", math.inf) <= method["crop_scale_min"]:
+        stop(f"methods.{w.method}.crop_scale_start: crops shrink from it to crop_scale_min; lower that")
+    if method["feature_term"] == method["bn_term"] == "none" and not method.get("ce_weight"):
+        stop(f"methods.{w.method}: feature_term and bn_term are none, nothing is matched; set one")
     return {
         "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
         **without(
@@ -202,11 +239,9 @@ def external_given(w):
     return file_given(external_path(w))
 
 
-def external_listing(w):
-    """A digest of names, sizes and times of the files in a folder of a set made elsewhere."""
-    top = external_path(w)
-    paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(top) for name in names)
-    return digest([[os.path.relpath(p, top), os.path.getsize(p), int(os.path.getmtime(p))] for p in paths])
+def external_stamp(w):
+    """Names, sizes and times of the files of a set made elsewhere, as a digest."""
+    return stamp_of(external_path(w))
 
 
 @settings_for
@@ -270,23 +305,35 @@ def evaluate_student_input(w):
     return files
 
 
+def student_of(w):
+    """The network of a student; one that the dataset's images are too small for is told before anything runs."""
+    student = without(entry("students", w.student, w.dataset), "label")
+    try:
+        check_network(resolution=entry("datasets", w.dataset, w.dataset)["resolution"], **student)
+    except UserError as error:
+        stop(f"students.{w.student}, dataset {w.dataset}: {error}")
+    return student
+
+
 @settings_for
 def evaluate_student_settings(w):
     recipe = entry("recipes", w.recipe, w.dataset)
     return {
         "recipe": without(recipe, "label", "crop_scale_min", "cutmix", "teacher_mode"),
         "views": view_settings(w),
-        "student": without(entry("students", w.student, w.dataset), "label"),
+        "student": student_of(w),
     }
 
 
 @settings_for
 def evaluate_all_real_settings(w):
+    if method_of(w)["batch_size"] < 2:
+        stop(f"methods.{w.method}.batch_size: BatchNorm cannot train on one image; give it at least 2")
     return {
         "recipe": without(method_of(w), "kind", "label", "swept"),
         "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
         "crops_of": crops_of(w),
-        "student": without(entry("students", w.student, w.dataset), "label"),
+        "student": student_of(w),
         "seed": config["seed"],
     }
 
@@ -451,7 +498,7 @@ def tabulate_accuracy_settings(w):
         "expected": expected_digests(evaluating(cells)),
         "labels": {
             "datasets": titles_of({c["dataset"] for c in cells}),
-            "methods": method_labels(c["entry"] for c in cells),
+            "methods": {c["entry"]: label_of("methods", c["entry"]) for c in cells},
             "students": {c["student"]: label_of("students", c["student"]) for c in cells},
             "recipes": {c["recipe"]: label_of("recipes", c["recipe"]) for c in cells},
             "held_out": held_out({c["dataset"] for c in cells}),
@@ -487,9 +534,18 @@ def appearance():
     }
 
 
+@functools.cache
+def making_table(table):
+    """A digest of the settings and the code of an accuracy table.
+
+    A table whose job has failed leaves no file that a figure could be older than.
+    """
+    return digest([SETTINGS["tabulate_accuracy"](SimpleNamespace(table=table)), code_of("tabulate_accuracy")])
+
+
 @settings_for
 def plot_accuracy_settings(w):
-    return {"figure": figure_of(w), "labels": appearance()}
+    return {"figure": figure_of(w), "labels": appearance(), "table": making_table(figure_of(w)["table"])}
 
 
 @settings_for
@@ -648,7 +704,7 @@ def cost_benchmarks(cell, recipe):
     """step → its benchmark files, as a path with {} and what stands there: names, or so many numbers.
 
     Benchmark files are no inputs: one that was lost is shown as missing, and costs no job its rerun. They are
-    thousands where classes are, and Linux takes 128 KiB for an argument.
+    thousands where classes are.
     """
     place = SimpleNamespace(**cell)
     method, place.teacher = method_of(place), teacher_of(place)
@@ -678,7 +734,7 @@ def tabulate_cost_settings(w):
             for labels, recipe in recipes.items()
         },
         "labels": {
-            "datasets": titles_of({c["dataset"] for c in cells}),
+            "datasets": tell_apart(titles_of({c["dataset"] for c in cells})),
             "methods": method_labels(c["method"] for c in cells),
             "held_out": held_out({c["dataset"] for c in cells}),
         },
@@ -712,6 +768,9 @@ def tabulate_hyperparameters_settings(w):
     columns = []
     for preset in needed(w, "presets"):
         merged = preset_config(preset)
+        for method in needed(w, "methods"):
+            if method not in merged["methods"]:
+                stop(f"figures.{w.figure}.methods: the preset {preset} has no method {method}; remove it")
         own = read_yaml("config.yaml" if preset == "default" else f"presets/{preset}.yaml")
         for name in own["datasets"]:
             dataset = resolve(merged["datasets"][name], name, f"{preset}: datasets.{name}")
@@ -820,13 +879,20 @@ def making_sets(w, recipe=None):
 
 
 def method_labels(methods):
-    return {m: label_of("methods", m) for m in methods}
+    """method → what people read; methods of one label, of a sweep for instance, are told apart."""
+    return tell_apart({m: label_of("methods", m) for m in methods})
 
 
 def stored_features(dataset):
     """The features of the dataset's own teacher, and where each class begins in them."""
     place = {"dataset": dataset, "teacher": labeller_of(SimpleNamespace(dataset=dataset))}
     return {"features": FEATURES.format(**place), "index": FEATURE_INDEX.format(**place)}
+
+
+def measuring(w):
+    """A digest of the settings and the code of the measurement that a figure draws, as `making_table`."""
+    maker = {"distances": "measure_distances", "tsne": "embed_tsne"}[figure_of(w)["kind"]]
+    return digest([SETTINGS[maker](w), code_of(maker)])
 
 
 def measure_distances_input(w):
@@ -857,14 +923,16 @@ def measure_distances_settings(w):
     teacher = labeller_of(SimpleNamespace(dataset=dataset))
     measured_by = ("extract_features", {"dataset": dataset, "teacher": teacher})
     recipe = needed(w, "recipe") if "student" in figure else None
-    settings = {
-        "labels": method_labels(s["method"] for s in figure_sets(w)),
-        "expected": expected_digests([measured_by, *making_sets(w, recipe)]),
-    }
+    settings = {"expected": expected_digests([measured_by, *making_sets(w, recipe)])}
     if not recipe:
         return settings
     place = {**figure_sets(w)[0], "recipe": recipe, "student": figure["student"]}  # alike for all sets
     return {**settings, **evaluate_student_settings(SimpleNamespace(**place))}
+
+
+@settings_for
+def plot_distances_settings(w):
+    return {"labels": method_labels(s["method"] for s in figure_sets(w)), "measured": measuring(w)}
 
 
 def embed_tsne_input(w):
@@ -887,13 +955,17 @@ def embed_tsne_settings(w):
         stop(f"figures.{w.figure}: teachers.{teacher} has no schedule to train with; give it epochs")
     return {
         "figure": pick(figure, "classes", "images"),
-        "labels": method_labels(s["method"] for s in figure_sets(w)),
         "expected": expected_digests(making_sets(w)),
         "schedule": schedule,
         "student": without(entry("students", needed(w, "student"), dataset), "label"),
         "flip": entry("datasets", dataset, dataset).get("flip", True),
         "seed": config["seed"],
     }
+
+
+@settings_for
+def plot_tsne_settings(w):
+    return plot_distances_settings(w)
 
 
 def trace_barycenters_input(w):

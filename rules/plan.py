@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 from rules.configuration import entry_name, resolve
 from wmdd_core.layouts import class_count
 from wmdd_core.sharding import shard_members
-
-SMALL_IMAGE = 64
-"""Up to this many pixels networks have the small stem or patch."""
+from wmdd_core.terms import SMALL_IMAGE
 
 BACKWARD = 3
 """A training step costs three passes forward: one forward, two backward, to the inputs and the weights."""

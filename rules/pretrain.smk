@@ -23,6 +23,7 @@ rule pretrain_teacher:
     params:
         **step_params("pretrain_teacher"),
         gpus=gpus_of_job,
+        weights=weights_stamp,
     message:
         "Pretrain teacher {wildcards.teacher} on {wildcards.dataset}"
     shell:

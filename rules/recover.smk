@@ -95,7 +95,7 @@ rule import_images:
         "../envs/wmdd.yaml"
     params:
         **step_params("import_images"),
-        listing=external_listing,
+        files=external_stamp,
     message:
         "Import {wildcards.method} for {wildcards.dataset}, {wildcards.ipc} per class"
     shell:

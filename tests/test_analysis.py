@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from wmdd_core.metrics import (
     mean_within_distance,
 )
 from wmdd_core.models import Classifier, build_model
-from workflow_scripts import embed_tsne, measure_distances, trace_barycenters
+from workflow_scripts import embed_tsne, measure_distances, plot_distances, plot_tsne, trace_barycenters
 from workflow_scripts.distilled_sets import embed_images
 from workflow_scripts.job import Job
 from workflow_scripts.measure_distances import both_sides, distances, with_means
@@ -260,8 +261,15 @@ def small_job(world: dict, rule: str, output, settings: dict, **files) -> Job:
         for name, file in found.items()
     }
     kinds = {k: str(output / f"{rule}.{k}") for k in ("png", "pdf", "csv", "points", "evaluation")}
-    settings = {"labels": {"wmdd": "WMDD"}, "expected": world["expected"], **settings}
+    settings = {"expected": world["expected"], **settings}
     return Job(rule, {"figure": rule}, found, kinds, settings, "code", "cpu", 1, str(output / "checkpoints"))
+
+
+def drawn(measured: Job, main) -> dict[str, bytes]:
+    """What the drawing rule makes of a measurement's files."""
+    files = {**measured.input, "csv": measured.output["csv"], "points": measured.output["points"]}
+    main(replace(measured, input=files, settings={"labels": {"wmdd": "WMDD"}}))
+    return {kind: Path(measured.output[kind]).read_bytes() for kind in ("png", "pdf")}
 
 
 def distances_job(world: dict, output, **settings) -> Job:
@@ -291,6 +299,9 @@ def test_distances_of_both_sets_from_files(world, tmp_path):
     by_hand = np.linalg.norm(features - features[0], axis=1).mean()
     assert table.loc[("sre2l", "0"), "w1"] == pytest.approx(by_hand, rel=1e-3)
     assert (table.xs("sre2l").w2 > table.xs("wmdd").w2).all()
+    assert not Path(job.output["png"]).exists()
+    first = drawn(job, plot_distances.main)
+    assert first["png"].startswith(b"\x89PNG") and first == drawn(job, plot_distances.main)
 
 
 def test_without_a_student_the_teachers_loss_alone_is_measured(world, tmp_path):
@@ -325,7 +336,8 @@ def test_maps_are_the_same_for_a_seed_and_count_what_is_there(world, tmp_path):
     for name in ("first", "second"):
         job = tsne_job(world, tmp_path / name, images=8)
         embed_tsne.main(job)
-        made.append({k: Path(job.output[k]).read_bytes() for k in ("csv", "points", "png", "pdf")})
+        made.append({k: Path(job.output[k]).read_bytes() for k in ("csv", "points")})
+        made[-1] |= drawn(job, plot_tsne.main)
     assert made[0] == made[1]
     points = pd.read_csv(job.output["points"])
     counts = points.groupby(["method", "kind", "class"]).size()
@@ -382,7 +394,7 @@ def test_a_class_with_too_few_real_images_has_no_coverage_but_a_place_on_the_map
 
 
 def test_more_classes_than_colours_are_refused():
-    assert embed_tsne.shown_classes({}, 1000) == list(range(10))
+    assert embed_tsne.shown_classes({}, 1000) == list(range(len(plot_tsne.CLASS_COLOURS)))
     with pytest.raises(UserError, match="11 are too many"):
         embed_tsne.shown_classes({"classes": list(range(11))}, 1000)
     with pytest.raises(UserError, match="7 is not a class"):
@@ -439,6 +451,7 @@ def test_an_entrys_own_start_is_kept_and_not_traced_twice():
 def test_trace_from_files(world, tmp_path):
     figure = {"ipc": [2, 4], "iterations": 6, "classes": [0, 2]}
     barycenters = {n: {"weights": n, "max_iterations": 100} for n in ("learned", "uniform")}
+    barycenters["random"] = {"weights": "uniform", "initialisation": "random_points"}
     settings = {"figure": figure, "barycenters": barycenters, "dataset": "toy", "seed": 0}
     files = {"features": "features.npy", "index": "index.json"}
     job = small_job(world, "trace_barycenters", tmp_path, settings, **files)

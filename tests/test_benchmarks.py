@@ -94,7 +94,7 @@ def test_a_whole_evaluation_is_reckoned_from_its_parts():
 
 def test_jobs_import_nothing_that_they_do_not_use():
     assert set(UNUSED) <= set(scripts())
-    for script in ("compute_barycenter", "recover_images"):
+    for script in ("compute_barycenter", "embed_tsne", "recover_images"):
         found = imported(script)
         check_unused(script, found)
     assert "torch" in found  # what is imported is seen

@@ -71,16 +71,20 @@ def start(inputs: dict[str, str], folder: Path, processes: int, **changes) -> su
         "device": "cpu",
         "checkpoints": str(folder / "checkpoints"),
     }
-    arguments = [json.dumps(job), json.dumps({**SETTINGS, **changes}), "code"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "workflow_scripts.pretrain_teacher", *arguments],
+    process = subprocess.Popen(
+        [sys.executable, "-m", "workflow_scripts.pretrain_teacher", "code"],
         env={**os.environ, "WMDD_GPUS": str(processes)},
         cwd=ROOT,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+    process.stdin.write("\n".join([json.dumps(job), json.dumps({**SETTINGS, **changes})]))
+    process.stdin.close()
+    process.stdin = None  # or else `communicate` would use it again
+    return process
 
 
 def alive(session: int) -> list[str]:

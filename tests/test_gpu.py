@@ -5,10 +5,17 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from wmdd_core import augmentation, graphs, recovery, relabeling, training
-from wmdd_core.batchnorm import StatisticsAccumulator, group_moments, image_moments, record_input_moments
+from wmdd_core.batchnorm import (
+    StatisticsAccumulator,
+    _FrozenBatchNorm,
+    group_moments,
+    image_moments,
+    record_input_moments,
+)
 from wmdd_core.device import compute_reproducibly, precision
 from wmdd_core.features import extract_features
 from wmdd_core.models import build_model, freeze
@@ -129,6 +136,41 @@ def test_moments_of_half_precision_are_summed_in_float32():
     wanted = group_moments(image_moments(x), weights.double())
     for value, exact in zip(found, wanted, strict=True):
         torch.testing.assert_close(value.double().cpu(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)], ids=["float32", "bfloat16"]
+)
+def test_the_gradients_of_a_frozen_layer_and_of_moments_are_autograds(dtype, tolerance):
+    """Those of PyTorch's own functions in float64; a gradient in bfloat16 is rounded twice, by up to 2⁻⁸."""
+    generator, shape, eps = torch_generator("frozen"), (4, 6, 9, 7), 1e-5
+    x = (2 + torch.randn(shape, generator=generator)).to(dtype)
+    mean, scales = torch.randn(6, generator=generator), 0.5 + torch.rand(3, 6, generator=generator)
+    statistics = [mean, *scales]  # and the variance, the weight and the bias
+    # Pulled times the pixels, the moments have as large a part in the gradient as the layer's output.
+    pulls = [
+        torch.randn(shape, generator=generator).to(dtype),
+        *(9 * 7 * torch.randn(2, 4, 6, generator=generator)),
+    ]
+
+    def frozen(v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return _FrozenBatchNorm.apply(v, *(s.to(GPU) for s in statistics), eps)
+
+    def direct(v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        var, mean = torch.var_mean(v, (2, 3), correction=0)
+        return F.batch_norm(v, *(s.double() for s in statistics), eps=eps), mean, var
+
+    for first, work in enumerate([frozen, image_moments]):  # the layer and the moments; the moments alone
+        ours = x.to(GPU).contiguous(memory_format=torch.channels_last).requires_grad_(True)
+        found = work(ours)
+        torch.autograd.backward(found, [p.to(GPU) for p in pulls[first:]])
+        exact = x.double().requires_grad_(True)
+        wanted = direct(exact)[first:]
+        torch.autograd.backward(wanted, [p.double() for p in pulls[first:]])
+        assert ours.grad.dtype == dtype and ours.grad.is_contiguous(memory_format=torch.channels_last)
+        for value, true in zip((*found, ours.grad), (*wanted, exact.grad), strict=True):
+            bound = tolerance if value.ndim == 4 else 1e-5  # moments are float32 always
+            assert (value.detach().cpu().double() - true).norm() < bound * true.norm()
 
 
 def test_features_and_statistics_are_those_of_a_cpu():

@@ -34,20 +34,20 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
-def run_as_job(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run Python code to its end, in a process that finds what a job's process finds."""
+def run_as_job(code: str, *arguments: str, given: str = "") -> subprocess.CompletedProcess:
+    """Run Python code to its end, with `given` as its input, where it finds what a job's process finds."""
     command, environment = [sys.executable, "-c", code, *arguments], {**os.environ, **ENVIRONMENT}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, input=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
 
 
-def peak_of_command(*command: str) -> float:
+def peak_of_command(*command: str, given: str = "") -> float:
     """Run a command as a job is started; the largest resident memory of one of its processes, MB.
 
     A small process starts it, as a process inherits the peak of the one that starts it.
     """
-    done = run_as_job(MEASURE, *command)
+    done = run_as_job(MEASURE, *command, given=given)
     return int(done.stdout) / 1024
 
 
@@ -62,8 +62,8 @@ def peak_of(
         "device": "cpu",
         "checkpoints": str(folder / "checkpoints"),
     }
-    arguments = [json.dumps(job), json.dumps(settings), "code"]
-    return peak_of_command(sys.executable, "-m", f"workflow_scripts.{script}", *arguments)
+    given = f"{json.dumps(job)}\n{json.dumps(settings)}\n"
+    return peak_of_command(sys.executable, "-m", f"workflow_scripts.{script}", "code", given=given)
 
 
 def make_photos(root: Path, classes: int) -> None:
@@ -224,7 +224,10 @@ def test_jobs_start_with_what_their_memory_needs(monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     for changed in ("PATH", "PYTHONPATH", "WMDD_COMMIT"):
         monkeypatch.setenv(changed, os.environ.get(changed, ""))
-    prepare_environment(ROOT)
+    monkeypatch.setenv("PYTHONPATH", "/modules/torch")  # where a cluster's modules keep their packages
+    for _ in range(2):
+        prepare_environment(ROOT)
+        assert os.environ["PYTHONPATH"] == f"{ROOT}:/modules/torch"
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.tcache_count=0"
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=1")
     prepare_environment(ROOT)

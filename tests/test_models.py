@@ -11,9 +11,9 @@ from wmdd_core.models import (
     build_model,
     freeze,
     load_weights,
-    patch_size,
 )
 from wmdd_core.seeding import torch_generator
+from wmdd_core.terms import patch_size
 
 DIMENSION = {"resnet18": 512, "resnet50": 2048, "resnet101": 2048, "vit_tiny": 192, "vit_small": 384}
 CASES = [

@@ -473,7 +473,8 @@ def test_the_teacher_is_left_as_it_was():
     before = copy.deepcopy(TEACHER.state_dict())
     recover(shard_of([0]), settings_of(iterations=2))
     assert all(torch.equal(v, before[n]) for n, v in TEACHER.state_dict().items())
-    assert not any(m._forward_pre_hooks for m in TEACHER.modules()) and not TEACHER.training
+    # As `record_input_moments` sets it on a layer; hooks are not what it observes with.
+    assert not any("forward" in vars(m) for m in TEACHER.modules()) and not TEACHER.training
     assert all(p.grad is None for p in TEACHER.parameters())
 
 

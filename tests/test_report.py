@@ -266,6 +266,28 @@ def test_pivot_orders_sizes_by_number_and_lets_the_ceiling_span_them():
     assert [row["ipc"] for row, _ in distilled] == ["1", "10", "50"]
 
 
+def test_students_and_datasets_that_read_alike_are_told_apart(tmp_path):
+    cells = [
+        make_cell(student="resnet18", seeds=1),
+        make_cell(student="wide", seeds=1),
+        make_cell(dataset="small", student="wide", seeds=1),
+    ]
+    results = Results(tmp_path, cells)
+    for cell, top1 in zip(cells, (11.5, 22.5, 33.5), strict=True):
+        results.write(cell, 0, top1)
+    students = {"resnet18": "ResNet-18", "wide": "ResNet-18"}
+    titles = {"imagenette": "ImageNette", "small": "ImageNette"}
+    files = results.tabulate(labels={**LABELS, "students": students, "datasets": titles})
+    text, latex = files["md"].read_text(), files["tex"].read_text()
+    for name in ("ResNet-18 (resnet18)", "ResNet-18 (wide)", "ImageNette (imagenette)", "ImageNette (small)"):
+        assert name in text and name in latex
+    for number in ("11.5", "22.5", "33.5"):
+        assert number in text and number in latex
+    rows = read_rows(files["csv"])
+    figure = plot_accuracy.draw(rows, {**LABELS, "students": students, "datasets": titles})
+    assert len({axes.get_title(loc="left") for axes in figure.axes}) == len(figure.axes) == 3
+
+
 def test_pivot_groups_students_and_recipes_and_lists_swept_values():
     swept = {f"wmdd_lambda{v}": {"entry": "wmdd_lambda", "key": "lambda_bn", "value": v} for v in (1, 10)}
     rows = [
@@ -433,7 +455,7 @@ def make_gallery(root: Path, data: int = 0, **figure) -> tuple[Job, np.ndarray]:
     content = {"classes": ["a", "b"], "titles": ["first", "second"], "train": {"per_class": [10, 10]}}
     write_json(root / "description.json", content, header)
     made_from = make_header("describe_dataset", {"dataset": "digits"}, {"data": data} if data else {}, "")
-    paths = []
+    paths, expected = [], {}
     for ipc in (1, 3):
         wildcards = {"dataset": "digits", "method": "wmdd", "ipc": str(ipc)}
         tensors = {
@@ -442,9 +464,12 @@ def make_gallery(root: Path, data: int = 0, **figure) -> tuple[Job, np.ndarray]:
             "weights": torch.full((2 * ipc,), 1 / ipc),
         }
         paths.append(str(root / f"images{ipc}.safetensors"))
-        write_tensors(paths[-1], tensors, make_header("gather_images", wildcards, {}, "", [made_from]))
+        made = make_header("gather_images", wildcards, {}, "", [made_from])
+        write_tensors(paths[-1], tensors, made)
+        for rule, digest in made["lineage"].items():
+            expected.setdefault(rule, []).append(digest)
     files = {"images": paths, "description": str(root / "description.json"), "train": str(root / "train.npy")}
-    settings = {"figure": {"kind": "gallery", **figure}, "labels": LABELS, "swept": {}}
+    settings = {"figure": {"kind": "gallery", **figure}, "labels": LABELS, "swept": {}, "expected": expected}
     return make_job("plot_gallery", files, figure_output(root), settings, figure="gallery"), real
 
 
@@ -472,12 +497,16 @@ def test_gallery_shows_the_stored_pixels_and_lists_them(tmp_path):
         assert any(f.shape == tile.shape and np.array_equal(f, tile) for f in found), number
 
 
-def test_members_of_a_sweep_are_told_apart_by_their_value(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value", "title"),
+    [("lambda_bn", 0.1, "λ = 0.1"), ("loss_form", "released", "loss_form = released")],
+)
+def test_members_of_a_sweep_are_told_apart_by_their_value(tmp_path, key, value, title):
     job, _ = make_gallery(tmp_path)
     description = json.loads(Path(job.input["description"]).read_text())
-    job.settings["swept"] = {"wmdd": {"key": "lambda_bn", "value": 0.1}}
+    job.settings["swept"] = {"wmdd": {"key": key, "value": value}}
     block = plot_gallery.distilled_block(job.input["images"][0], job, description, [0], 1)
-    assert block.title == "λ = 0.1"
+    assert block.title == title
 
 
 def test_a_dollar_in_a_class_name_begins_no_formula(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -90,6 +91,24 @@ def test_deleted_tables_and_figures_are_made_again(smoke, tmp_path, deleted):
     assert not planned.keys() & {"recover_images", "evaluate_student"}
 
 
+def test_a_figure_of_a_table_that_failed_is_drawn_again(smoke, tmp_path):
+    """The table's job leaves no file then, and the figure is younger than all that the table is made of."""
+    directory = Path(shutil.copytree(smoke, tmp_path / "run"))
+    files = list(directory.glob("**/report/tables/main.*"))
+    done = run_snakemake(directory, "--cleanup-metadata", *(str(f.relative_to(directory)) for f in files))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for file in files:
+        file.unlink()
+    (tmp_path / "overlay.yaml").write_text("tables: {main: {seeds: 1}}", encoding="utf-8")
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "overlay.yaml")]
+    done = run_snakemake(directory, "--dry-run", "accuracy", *files, preset="")
+    assert count_jobs(done.stdout + done.stderr) == {"tabulate_accuracy": 1, "plot_accuracy": 1}
+
+
+def test_leave_to_download_reruns_nothing_of_a_dataset(smoke):
+    assert planned_counts(smoke, "datasets: {digits: {download: true}}") == {"build_page": 1}
+
+
 def test_another_file_of_weights_or_of_a_set_made_elsewhere_is_taken_in(smoke, tmp_path):
     directory = Path(shutil.copytree(smoke, tmp_path / "run"))
     made = directory / "results/smoke/digits"
@@ -122,6 +141,11 @@ def test_another_file_of_weights_or_of_a_set_made_elsewhere_is_taken_in(smoke, t
     assert torch.equal(taken["images"], theirs["images"])
     torch.testing.assert_close(taken["weights"], theirs["weights"])
     assert len(theirs["weights"].unique()) > 2
+    overlay = (tmp_path / "overlay.yaml").read_text()  # with a schedule that nothing is trained by
+    (tmp_path / "overlay.yaml").write_text(
+        overlay.replace("{architecture: convnet,", "{like: convnet, epochs: 9,")
+    )
+    assert run("--dry-run") == {}
     for file in given.values():  # gone, as from a scratch disk: what was made of it stays
         file.rename(file.with_suffix(".away"))
     done = run_snakemake(directory, "--cores", "1", *targets, *files, preset="")
@@ -134,6 +158,7 @@ def test_another_file_of_weights_or_of_a_set_made_elsewhere_is_taken_in(smoke, t
     for file in given.values():
         tensors, header = read_tensors(file)
         write_tensors(file, {name: tensor + (tensor.ndim == 4) for name, tensor in tensors.items()}, header)
+        os.utime(file, (10**9, 10**9))  # older than what was made of the one before, as copied with its times
     assert run("--dry-run") == {"pretrain_teacher": 1, "import_images": 1, "gather_images": 1}
 
 

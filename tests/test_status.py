@@ -33,7 +33,7 @@ time.sleep(600)
 """
 
 
-def command_of(results: Path, seed: int) -> str:
+def command_of(results: Path, seed: int, environment: str = "") -> str:
     """A line of a dry run, as `run_script` in rules/common.smk makes it."""
     job = {
         "checkpoints": f"{results}/checkpoints",
@@ -43,8 +43,8 @@ def command_of(results: Path, seed: int) -> str:
         "wildcards": {"dataset": "digits", "seed": str(seed)},
     }
     log = f"{results}/logs/evaluate_student/digits/seed{seed}.log"
-    words = ["python", "-m", "workflow_scripts.evaluate_student", json.dumps(job), "{}", "0123"]
-    return f"{shlex.join(words)} --threads 1 > {log} 2>&1"
+    given = shlex.join(["printf", "%s\\n", json.dumps(job), "{}"])
+    return f"{given} | {environment}python -m workflow_scripts.evaluate_student 0123 --threads 1 > {log} 2>&1"
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_jobs_are_read_from_a_dry_run(jobs, tmp_path):
     assert jobs[2].benchmark == tmp_path / "benchmarks/evaluate_student/digits/seed2.tsv"
     assert jobs[2].lock == tmp_path / "checkpoints/evaluate_student/dataset-digits/seed-2.lock"
     assert planned_jobs("Shell command: echo python -m workflow_scripts.x") == []
-    assert len(planned_jobs(f"    WMDD_GPUS=2 {command_of(tmp_path, 7)}")) == 1
+    assert len(planned_jobs(f"    {command_of(tmp_path, 7, 'WMDD_GPUS=2 ')}")) == 1
 
 
 def test_counts_are_read_from_the_table():

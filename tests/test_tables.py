@@ -205,7 +205,7 @@ def test_the_table_of_the_whole_harness(efficiency_job, monkeypatch):
 
 
 def test_what_precedes_the_first_iteration():
-    before = Measured([5.0, 0.25], 0, "", "")
+    before = Measured([5.0, 0.25], 0, "", "", "")
     assert preparation_seconds(RECOVER, before) == 5.25
     assert preparation_seconds(SRE2L, before) == 0
     assert preparation_seconds({**SRE2L, "bn_term": "per_class"}, before) == 5
@@ -216,7 +216,7 @@ def test_what_precedes_the_first_iteration():
 def test_a_single_iteration_has_no_deviation_and_an_unknown_method_no_published_figure(efficiency_job):
     settings = {**efficiency_job.settings, "labels": {"own": "Own"}}
     job = Job("measure_efficiency", {}, {}, {}, settings, "code", "cpu", 1, "-")
-    row = build_row(job, "own", Measured([0.5], 3 * 2**30, "memory", "machine"), 1.0, {})
+    row = build_row(job, "own", Measured([0.5], 3 * 2**30, "memory", "machine", "float32"), 1.0, {})
     assert (row["seconds_per_iteration_sd"], row["total_seconds"]) == ("", "101.00")
     assert build_shown([row])[1] == ["Own", "0.5000", "3.00", "101.0"]
 

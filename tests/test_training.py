@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from wmdd_core import training
 from wmdd_core.augmentation import draw_views, normalise, view_batch
 from wmdd_core.errors import UserError
 from wmdd_core.models import build_model
@@ -261,13 +262,14 @@ def constant_images(count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [1, 3, 500])
-def test_top_1_and_top_5_of_a_network_by_hand(size):
+def test_top_1_and_top_5_of_a_network_by_hand(size, monkeypatch):
+    monkeypatch.setattr(training, "images_per_pass", lambda _: size)
     # Image i ranks class k at place (k − i) mod 7: label i is first, i + 4 fifth, i + 5 sixth.
     rank = (torch.arange(7)[None, :] - torch.arange(7)[:, None]) % 7
     labels = torch.tensor([0, 1, 3, 7, 9, 10, 11]) % 7
     places = [int(rank[i, y]) for i, y in enumerate(labels)]
     model = Table(-rank.float()).train()
-    batches = test_batches(constant_images(7), labels, torch.zeros(3), torch.ones(3), CPU, size)
+    batches = test_batches(constant_images(7), labels, torch.zeros(3), torch.ones(3), CPU)
     found = accuracy(model, batches)
     assert found["top1"] == pytest.approx(100 * sum(p == 0 for p in places) / 7)
     assert found["top5"] == pytest.approx(100 * sum(p < 5 for p in places) / 7)
@@ -282,9 +284,10 @@ def test_top_5_of_fewer_than_five_classes_is_everything():
 
 
 def test_test_batches_are_all_images_in_order_and_normalised():
-    images, labels = real(11)
-    batches = list(test_batches(images, labels, MEAN, STD, CPU, 4))
-    assert [len(x) for x, _ in batches] == [4, 4, 3]
+    """A pass at a time: 500 images of 64 pixels held more memory in a ResNet than training on 100 does."""
+    images, labels = real(150)
+    batches = list(test_batches(images, labels, MEAN, STD, CPU))
+    assert [len(x) for x, _ in batches] == [64, 64, 22]
     assert torch.equal(torch.cat([x for x, _ in batches]), normalise(images, MEAN, STD))
     assert torch.equal(torch.cat([y for _, y in batches]), labels)
 

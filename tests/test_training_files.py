@@ -1,16 +1,23 @@
 """Training from files and teachers of the user's: what large datasets and users' own work need."""
 
+import urllib.error
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import resized_crop
 
+from wmdd_core import training
 from wmdd_core.augmentation import draw_crop, normalise
 from wmdd_core.data import ImageStore
 from wmdd_core.errors import UserError
 from wmdd_core.models import build_model
 from wmdd_core.seeding import torch_generator
-from wmdd_core.sources import open_source
+from wmdd_core.sources import UnreadableImage, open_source
 from wmdd_core.training import FileCrops, file_batches
 from workflow_scripts import real_images
 from workflow_scripts.pretrain_teacher import load_published
@@ -55,14 +62,26 @@ def test_an_item_is_the_drawn_crop_of_its_image_upright_or_mirrored(tmp_path):
     items = [(epoch, i) for epoch in range(8) for i in range(2)]
     for epoch, i in items:
         image, generator = source.image(i), torch_generator(0, "names", "crop", epoch, i)
-        top, left, height, width = draw_crop(40, 60, 0.3, generator)
-        cut = image.resize((16, 16), Image.Resampling.BILINEAR, (left, top, left + width, top + height))
+        cut = resized_crop(image, *draw_crop(40, 60, 0.3, generator), [16, 16])
         wanted, (found, label) = torch.from_numpy(np.array(cut)).permute(2, 0, 1), crops[epoch, i]
         flipped = bool(torch.rand((), generator=generator) < 0.5)
         assert label == i and torch.equal(found, wanted.flip(-1) if flipped else wanted)
         mirrored.add(flipped)
     assert mirrored == {False, True}
     assert len({crops[item][0].numpy().tobytes() for item in items}) == len(items)
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 40), (6, 9)], ids=["shrunk", "enlarged"])
+def test_a_crop_shows_nothing_of_what_is_around_it(height, width, monkeypatch):
+    """Bright noise amid black: a filter that reaches beyond the crop darkens its edges."""
+    pixels = np.zeros((50, 70, 3), dtype=np.uint8)
+    pixels[8 : 8 + height, 11 : 11 + width] = np.random.default_rng(0).integers(200, 256, (height, width, 3))
+    image, box = Image.fromarray(pixels), (8, 11, height, width)
+    monkeypatch.setattr(training, "draw_crop", lambda *_: box)
+    crops = FileCrops(SimpleNamespace(image=lambda _: image, labels=[0]), 16, (0, "names"), 0.3, False)
+    found = crops[0, 0][0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(found, np.array(resized_crop(image, *box, [16, 16])))
+    assert found.min() >= 200
 
 
 def test_workers_and_repetition_change_no_pixel(source):
@@ -91,8 +110,6 @@ def test_beside_decoding_processes_a_network_on_a_cpu_has_one_thread(device, thr
 
 
 def test_crops_of_any_shape_are_distributed_as_torchvisions():
-    from torchvision.transforms import RandomResizedCrop
-
     ours = torch.tensor([draw_crop(300, 500, 0.08, torch_generator(i)) for i in range(4000)]).double()
     torch.manual_seed(0)
     image = torch.zeros(3, 300, 500)
@@ -103,8 +120,21 @@ def test_crops_of_any_shape_are_distributed_as_torchvisions():
     # Two samples of 4,000: four standard errors of their difference.
     tolerance = 4 * theirs.std(0) * (2 / 4000) ** 0.5
     assert ((ours.mean(0) - theirs.mean(0)).abs() < tolerance).all()
-    assert draw_crop(7, 3, 1.0, torch_generator(0)) == (0, 0, 7, 3)
     assert draw_crop(1, 1, 0.08, torch_generator(0)) == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("scale_min", [0.9, 1.0])
+@pytest.mark.parametrize(("height", "width"), [(50, 200), (201, 50), (7, 3)])
+def test_where_no_crop_fits_it_is_the_middle_as_torchvisions(height, width, scale_min):
+    """Such shares of such images are higher or wider than the image at every aspect ratio drawn."""
+    image = torch.zeros(3, height, width)
+    wanted = RandomResizedCrop.get_params(image, [scale_min, 1.0], [3 / 4, 4 / 3])
+    assert draw_crop(height, width, scale_min, torch_generator(0)) == wanted != (0, 0, height, width)
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 40), (40, 30), (33, 33)])
+def test_without_a_smaller_share_a_crop_is_an_image_that_is_not_too_wide_or_tall(height, width):
+    assert draw_crop(height, width, 1.0, torch_generator(0)) == (0, 0, height, width)
 
 
 def test_a_teacher_of_the_users_is_loaded_strictly(tmp_path):
@@ -119,6 +149,45 @@ def test_a_teacher_of_the_users_is_loaded_strictly(tmp_path):
         load_published(build_model("convnet", 7, 16, seed=0, width=8), "convnet", str(path))
     with pytest.raises(UserError, match="there is no file"):
         load_published(loaded, "convnet", str(tmp_path / "none.pt"))
+
+
+@pytest.mark.parametrize("content", ["a whole network", "cut off", "a list"])
+def test_a_file_that_holds_no_weights_is_told_in_one_line(tmp_path, content):
+    path, made = tmp_path / "teacher.pt", build_model("convnet", 10, 16, seed=3, width=8)
+    torch.save({"a whole network": made, "a list": [1, 2]}.get(content, made.state_dict()), path)
+    if content == "cut off":
+        path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"^[^\n]*teacher.pt holds no weights that can be read [^\n]*$"):
+        load_published(made, "convnet", str(path))
+
+
+def test_weights_that_cannot_be_fetched_are_told(monkeypatch):
+    def unreachable(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torchvision.models, "get_model", unreachable)
+    with pytest.raises(UserError, match=r"cannot be fetched .*TORCH_HOME"):
+        load_published(build_model("resnet18", 10, 32, seed=0), "resnet18", "torchvision")
+
+
+class Unreadable(torch.utils.data.Dataset):
+    """As a dataset of files of which one is damaged."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> int:
+        if i == 3:
+            raise UnreadableImage("photos/3.jpg", "3.jpg", "truncated: no end")
+        return i
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_is_told_in_one_line_by_decoding_processes_too(workers):
+    with pytest.raises(UnreadableImage) as caught:
+        list(torch.utils.data.DataLoader(Unreadable(), num_workers=workers))
+    told = "photos/3.jpg cannot be read as an image (truncated: no end); replace or remove it, or set"
+    assert str(caught.value).startswith(told) and "\n" not in str(caught.value)
 
 
 def test_a_pickle_is_not_executed(tmp_path):

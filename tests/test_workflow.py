@@ -262,9 +262,24 @@ def test_a_job_on_a_cluster_notices_an_edited_configuration(smoke, monkeypatch):
     """It reads the files again, long after the run began that put it into the queue."""
     monkeypatch.setenv("WMDD_CONFIG", "0123456789abcdef")
     done = run_snakemake(smoke, "--dry-run", "--mode", "remote")
-    assert "error: config: it was edited since this run began" in done.stdout + done.stderr
+    assert "error: the configuration or rules/ was edited since this run began" in done.stdout + done.stderr
     assert done.returncode == 1
     assert run_snakemake(smoke, "--dry-run").returncode == 0  # a run of its own
+
+
+def test_a_job_on_a_cluster_notices_edited_rules(copied, tmp_path, monkeypatch):
+    hook = "\nonstart:\n    print('began with', os.environ['WMDD_CONFIG'])\n"
+    with open(copied / "Snakefile", "a") as file:
+        file.write(hook)
+    target = ("--cores", "1", "results/smoke/digits/description.json")
+    done = run_snakemake(tmp_path / "run", *target, root=copied)
+    (known,) = re.findall(r"^began with (\w+)$", done.stdout + done.stderr, re.MULTILINE)
+    monkeypatch.setenv("WMDD_CONFIG", known)
+    assert run_snakemake(tmp_path / "run", "-n", "--mode", "remote", root=copied).returncode == 0
+    with open(copied / "rules/inputs.smk", "a") as file:
+        file.write("\nEDITED = True\n")
+    done = run_snakemake(tmp_path / "run", "-n", "--mode", "remote", root=copied)
+    assert done.returncode == 1 and "configuration or rules/ was edited" in done.stdout + done.stderr
 
 
 def test_results_without_a_record_are_told(smoke, tmp_path):
@@ -313,6 +328,38 @@ def test_a_mistake_in_the_config_is_told_in_one_line(tmp_path, overlay, told):
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize(
+    ("overlay", "target", "told"),
+    [
+        ("students: {convnet: {depth: 5}}", "main", "ConvNet of depth 5 halves 8 pixels below one"),
+        (
+            "methods: {all_real: {batch_size: 1}}",
+            "main",
+            "methods.all_real.batch_size: BatchNorm cannot train",
+        ),
+        ("methods: {wmdd: {crop_scale_start: 0.01}}", "main", "methods.wmdd.crop_scale_start: crops shrink"),
+        (
+            "methods: {wmdd: {feature_term: none, bn_term: none}}",
+            "main",
+            "methods.wmdd: feature_term and bn_term",
+        ),
+        ("teachers: {convnet: {weights: torchvision}}", "main", "torchvision has none of convnet"),
+        (
+            "methods: {ours: {like: wmdd}}\nfigures: {hyperparameters: {methods: [ours]}}",
+            "hyperparameters",
+            "figures.hyperparameters.methods: the preset default has no method ours",
+        ),
+    ],
+)
+def test_what_only_a_job_would_find_is_told_before_any(tmp_path, overlay, target, told):
+    (tmp_path / "bad.yaml").write_text(overlay, encoding="utf-8")
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "bad.yaml")]
+    done = run_snakemake(tmp_path, "-n", target, *files, preset="")
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "error: config: " in line]
+    assert done.returncode == 1 and len(lines) == 1 and told in lines[0]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("method", ["random", "kmeans_real", "dm", "sre2l"])
 def test_more_images_per_class_than_there_are_is_told_by_the_job(smoke, tmp_path, method):
     (tmp_path / "real.yaml").write_text("methods: {sre2l: {start: real}}", encoding="utf-8")
@@ -332,8 +379,9 @@ def test_a_methods_own_teacher_recovers_and_the_datasets_labels(smoke, tmp_path)
     files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "own.yaml")]
     target = "results/smoke/digits/labels/wmdd/wmdd/ipc1/labels.npy"
     done = run_snakemake(smoke, "--dry-run", "--printshellcmds", target, *files, preset="")
-    commands = re.findall(r"python -m workflow_scripts\.(\w+) .*?teachers/(\w+)/", done.stdout + done.stderr)
-    assert {"recover_images": "other", "relabel_images": "convnet"}.items() <= dict(commands).items()
+    line = r"printf .*?teachers/(\w+)/.* python -m workflow_scripts\.(\w+) "
+    found = {rule: teacher for teacher, rule in re.findall(line, done.stdout + done.stderr)}
+    assert {"recover_images": "other", "relabel_images": "convnet"}.items() <= found.items()
 
 
 EVERY_KIND = """

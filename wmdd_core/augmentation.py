@@ -97,9 +97,11 @@ def _draw_crops(resolution: int, scale_min: Tensor, generator: torch.Generator) 
 def draw_crop(
     height: int, width: int, scale_min: float, generator: torch.Generator
 ) -> tuple[int, int, int, int]:
-    """One crop of an image of any shape: top, left, height, width in pixels; the whole after ten failures.
+    """One crop of an image of any shape: top, left, height, width in pixels.
 
     The share of the area is uniform in [scale_min, 1], the logarithm of the aspect ratio within `CROP_RATIO`.
+    When ten have not fitted, and always if `scale_min` is 1, it is the largest central crop of such a ratio
+    (as in torchvision's `RandomResizedCrop`): the whole image unless that is wider or taller.
     """
     low, high = (math.log(r) for r in CROP_RATIO)
     for _ in range(CROP_ATTEMPTS if scale_min < 1 else 0):
@@ -117,7 +119,9 @@ def draw_crop(
                 crop_height,
                 crop_width,
             )
-    return 0, 0, height, width
+    crop_height = min(height, round(width / CROP_RATIO[0]))
+    crop_width = min(width, round(height * CROP_RATIO[1]))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def _draw_patches(count: int, resolution: int, generator: torch.Generator) -> Tensor:

@@ -10,19 +10,27 @@ import torch
 
 
 def precision(settings: Mapping, device: torch.device) -> AbstractContextManager:
-    """How networks multiply; losses and statistics are float32 everywhere.
+    """How networks multiply; losses and statistics are float32 everywhere."""
+    half = precision_name(settings, device) == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
 
-    `auto`, the default of `settings["precision"]`, is bfloat16 on a GPU that has it and float32 elsewhere.
-    """
+
+def precision_name(settings: Mapping, device: torch.device) -> str:
+    """`settings["precision"]`; by default `auto`, bfloat16 on a GPU that has it and float32 elsewhere."""
     name = settings.get("precision", "auto")
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and _multiplies_bfloat16() else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext()
+    if name != "auto":
+        return name
+    return "bfloat16" if device.type == "cuda" and _multiplies_bfloat16() else "float32"
 
 
 def _multiplies_bfloat16() -> bool:
     """Whether the GPU does: before compute capability 8 it is emulated, and slower than float32."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def images_per_pass(device: torch.device) -> int:
+    """Images in a forward pass: memory and time, not meaning. On a CPU so few that its caches hold them."""
+    return 64 if device.type == "cpu" else 100
 
 
 def compute_reproducibly() -> None:

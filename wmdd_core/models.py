@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from wmdd_core.convolution import use_fast_convolutions
 from wmdd_core.errors import UserError
+from wmdd_core.terms import SMALL_IMAGE, check_network, patch_size
 
 ARCHITECTURES = ("convnet", "resnet18", "resnet50", "resnet101", "vit_tiny", "vit_small")
-
-SMALL_IMAGE = 64
-"""Up to this many pixels a ResNet starts with a 3×3 stride-1 convolution and no max-pool."""
 
 
 class Classifier(nn.Module):
@@ -54,10 +52,11 @@ def build_model(
     other architectures have their published shape, with the stem and the patch size that
     fit `resolution`.
 
-    Raises `UserError` for an architecture that is not in `ARCHITECTURES`.
+    Raises `UserError` for an architecture that is not in `ARCHITECTURES`, or images too small for it.
     """
     if architecture not in ARCHITECTURES:
         raise UserError(f"unknown architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
+    check_network(architecture, resolution, depth)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if architecture == "convnet":
@@ -72,8 +71,6 @@ def build_model(
 
 
 def _convnet_trunk(resolution: int, width: int, depth: int, norm: str) -> tuple[nn.Module, int]:
-    if resolution >> depth < 1:
-        raise UserError(f"a ConvNet of depth {depth} halves {resolution} pixels below one; lower its depth")
     layers: list[nn.Module] = []
     channels = 3
     for _ in range(depth):
@@ -98,22 +95,6 @@ def _resnet_trunk(architecture: str, resolution: int) -> tuple[nn.Module, int]:
     dimension = network.fc.in_features
     network.fc = nn.Identity()
     return network, dimension
-
-
-def patch_size(resolution: int) -> int:
-    """Side of a ViT's patches in pixels: 16 from 160 pixels on, as published; below, an eighth of the image
-    and no less than 4; or the next smaller divisor of `resolution`, down to half of that.
-
-    Raises `UserError` where there is none.
-    """
-    wanted = 16 if resolution >= 160 else max(4, resolution // 8)
-    for patch in range(wanted, (wanted - 1) // 2, -1):
-        if resolution % patch == 0:
-            return patch
-    raise UserError(
-        f"no patch of {(wanted + 1) // 2} to {wanted} pixels divides a ViT's image of {resolution};"
-        f" use a resolution that is a multiple of {wanted}"
-    )
 
 
 def _vit_trunk(architecture: str, resolution: int) -> tuple[nn.Module, int]:

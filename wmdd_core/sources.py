@@ -48,10 +48,13 @@ _UPRIGHT = {
 class UnreadableImage(UserError):
     """One image that cannot be decoded: `file` as in `ImageSource.names`, and the `reason`."""
 
-    def __init__(self, path: str, file: str, reason: str) -> None:
+    def __init__(self, path: str, file: str = "", reason: str = "") -> None:
         super().__init__(
             f"{path} cannot be read as an image ({reason}); replace or remove it, or set "
             "`on_unreadable: skip`"
+            if file
+            # PyTorch makes the exception of a decoding process anew, of the traceback that it printed.
+            else path.rstrip().rpartition("\n")[2].partition(f"{type(self).__name__}: ")[2]
         )
         self.path, self.file, self.reason = path, file, reason
 

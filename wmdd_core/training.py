@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wmdd_core.augmentation import batch_viewer, draw_crop, draw_views, normalise
+from wmdd_core.device import images_per_pass
 from wmdd_core.errors import UserError
 from wmdd_core.graphs import replayed
 from wmdd_core.memory import small_blocks_apart
@@ -99,8 +100,10 @@ def fit(
     called every `test_every` epochs (0: never) and only recorded, never used to choose anything.
 
     In a process group every process trains its part of each batch (`part_of_batch`) and gradients are
-    averaged over the images of the whole batch: batch size, learning rate and number of steps stay as
-    configured, and the result is that of one process but for rounding. The first alone has `progress`.
+    averaged over the images of the whole batch: batch size and learning rate stay as configured, and the
+    result is that of one process but for rounding. Only a last batch of fewer images than processes is
+    left out (`trainable`), which makes one step less in an epoch than one process would take. The first
+    alone has `progress`.
     """
     optimizer = schedule.build_optimizer(model)
     curve, first = Curve(), 0
@@ -166,7 +169,8 @@ def part_of_batch(batch: Tensor | list) -> Tensor | list:
 def trainable(size: int, total: int) -> bool:
     """Whether a batch of `size` of `total` images is trained on.
 
-    BatchNorm has no variance in a batch of one, and no process may go without an image.
+    BatchNorm has no variance in a batch of one, and no process may go without an image: with three or more
+    processes an epoch may leave out a last batch that one process would train on, and be a step shorter.
     """
     return total == 1 or size >= max(2, dist.get_world_size() if dist.is_initialized() else 1)
 
@@ -245,8 +249,9 @@ class FileCrops(torch.utils.data.Dataset):
         generator = torch_generator(*self.seed_names, "crop", epoch, i)
         image = self.source.image(i)
         top, left, height, width = draw_crop(image.height, image.width, self.crop_scale_min, generator)
-        box = (left, top, left + width, top + height)
-        view = image.resize((self.resolution, self.resolution), Image.Resampling.BILINEAR, box)
+        # Cut first, as torchvision does: given a box to resize, Pillow's filter reaches beyond it.
+        cut = image.crop((left, top, left + width, top + height))
+        view = cut.resize((self.resolution, self.resolution), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(view)).permute(2, 0, 1)
         if self.flip and torch.rand((), generator=generator) < 0.5:
             pixels = pixels.flip(-1)
@@ -296,12 +301,12 @@ def accuracy(
 
 
 def test_batches(
-    images: Tensor, labels: Tensor, mean: Tensor, std: Tensor, device: torch.device, batch_size: int = 500
+    images: Tensor, labels: Tensor, mean: Tensor, std: Tensor, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised batches of uint8 images (N, 3, R, R) with their labels, unaugmented and in order."""
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size].to(device)
-        yield normalise(batch, mean, std), labels[start : start + batch_size].to(device)
+    """Normalised passes of uint8 images (N, 3, R, R) with their labels, unaugmented and in order."""
+    size = images_per_pass(device)
+    for part, own in zip(images.split(size), labels.split(size), strict=True):
+        yield normalise(part.to(device), mean, std), own.to(device)
 
 
 test_batches.__test__ = False  # a name that pytest would collect

@@ -16,19 +16,9 @@ import jinja2
 
 from wmdd_core.artifacts import read_json, write_text
 from wmdd_core.errors import UserError
-from workflow_scripts.job import Job, run
-from workflow_scripts.plain_tables import from_markdown, numeric_columns
-from workflow_scripts.tabulate_accuracy import (
-    COLUMNS,
-    MISSING,
-    Row,
-    describe,
-    fold,
-    listed,
-    measured,
-    pivot,
-    read_rows,
-)
+from workflow_scripts.job import Job, listed, run
+from workflow_scripts.plain_tables import MISSING, Row, from_markdown, numeric_columns, read_rows
+from workflow_scripts.tabulate_accuracy import COLUMNS, describe, fold, measured, pivot
 
 TITLES = {"index": "WMDD results", "paper": "WMDD: the paper's tables and figures"}
 PIXEL_RATIO = 2

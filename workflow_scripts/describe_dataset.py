@@ -1,5 +1,7 @@
 """Check a dataset and say what it holds: classes, counts, sizes, mean and deviation, unreadable files."""
 
+import os
+
 from wmdd_core.artifacts import write_json
 from wmdd_core.data import describe
 from wmdd_core.digests import digest
@@ -7,7 +9,8 @@ from workflow_scripts.job import Job, run
 
 
 def main(job: Job) -> None:
-    description = describe(job.settings, workers=job.threads)
+    download = os.environ.get("WMDD_DOWNLOAD") == "1"
+    description = describe({**job.settings, "download": download}, workers=job.threads)
     header = job.header()
     # What follows depends on what was found, not only on where it was looked for.
     header["lineage"][job.rule] = digest([header["lineage"][job.rule], description])

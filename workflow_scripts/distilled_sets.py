@@ -12,10 +12,11 @@ from torch import Tensor
 from wmdd_core.artifacts import read_tensors
 from wmdd_core.augmentation import normalise
 from wmdd_core.data import ImageStore
+from wmdd_core.device import images_per_pass
 from wmdd_core.models import Classifier
+from workflow_scripts.checks import check_dataset, check_lineage, check_place
 from workflow_scripts.job import Job, listed
-from workflow_scripts.real_images import images_per_pass, normalisation
-from workflow_scripts.tabulate_accuracy import check_dataset, check_lineage, check_place
+from workflow_scripts.real_images import normalisation
 
 
 @dataclass(frozen=True)

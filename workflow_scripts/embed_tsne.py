@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from torch import Tensor
 
 from wmdd_core.artifacts import write_text
@@ -23,9 +19,7 @@ from wmdd_core.progress import Progress
 from wmdd_core.seeding import derive_seed, numpy_generator
 from wmdd_core.training import fit, hard_label_loss, real_batches
 from workflow_scripts.distilled_sets import DistilledSet, embed_images, read_distilled_sets, real_of_class
-from workflow_scripts.drawing import class_titles, new_figure, save
 from workflow_scripts.job import Job, run
-from workflow_scripts.plot_accuracy import names_of
 from workflow_scripts.pretrain_teacher import network_of, schedule_of
 from workflow_scripts.real_images import normalisation, open_images, resident
 
@@ -37,19 +31,8 @@ NEIGHBOURS = 5
 
 PERPLEXITY = 30
 
-# Tol's muted colours and black: ten that colour-blind readers can tell apart.
-CLASS_COLOURS = (
-    "#332288",
-    "#88ccee",
-    "#cc6677",
-    "#117733",
-    "#ddcc77",
-    "#882255",
-    "#44aa99",
-    "#222222",
-    "#aa4499",
-    "#999933",
-)
+CLASSES_SHOWN = 10
+"""Most classes of a map: as many as it has colours."""
 
 
 # ---- network and features --------------------------------------------------------------------
@@ -170,61 +153,14 @@ def map_points(embedded: Embedded, shown: np.ndarray, seed: int) -> pd.DataFrame
     )
 
 
-# ---- the figure ------------------------------------------------------------------------------
-
-
-def draw(points: pd.DataFrame, labels: Mapping[str, str], classes: Sequence[str]) -> Figure:
-    """A map for each method, left to right, over the same axes; `classes` are the shown ones' titles."""
-    methods, numbers = list(dict.fromkeys(points.method)), sorted(points["class"].unique())
-    colours = dict(zip(numbers, CLASS_COLOURS, strict=False))
-    names = names_of(methods, labels)
-    titles = [textwrap.shorten(t.replace("_", " "), 22, placeholder="…") for t in classes]
-    figure = new_figure(3.4 * len(methods) + 0.4 + 0.075 * max(9, *map(len, titles)), 3.75)
-    grid = figure.subplots(1, len(methods), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, method in zip(grid, methods, strict=True):
-        draw_map(axes, points[points.method == method], colours)
-        axes.set_title(names[method], loc="left")
-    extent = 1.06 * max(points.x.abs().max(), points.y.abs().max())
-    grid[0].set(xlim=(-extent, extent), ylim=(-extent, extent))
-    for axes in grid:
-        axes.set_box_aspect(1)
-        axes.tick_params(labelbottom=False, labelleft=False, length=0)
-        axes.spines[["top", "right"]].set_visible(True)
-    kinds = [
-        Line2D([], [], linestyle="", color="#555555", marker="o", markersize=3.5, label="real"),
-        Line2D([], [], linestyle="", color="#555555", marker="^", markersize=7, label="distilled"),
-    ]
-    handles = [
-        Line2D([], [], linestyle="", color=colours[c], marker="s", label=t)
-        for c, t in zip(numbers, titles, strict=True)
-    ]
-    figure.legend(handles=[*kinds, *handles], loc="outside right upper", handletextpad=0.2)
-    return figure
-
-
-def draw_map(axes: Axes, points: pd.DataFrame, colours: Mapping[int, str]) -> None:
-    real, distilled = (points[points.kind == k] for k in ("real", "distilled"))
-    axes.scatter(real.x, real.y, s=7, c=real["class"].map(colours), alpha=0.45, linewidths=0)
-    axes.scatter(
-        distilled.x,
-        distilled.y,
-        s=46,
-        c=distilled["class"].map(colours),
-        marker="^",
-        edgecolors="black",
-        linewidths=0.7,
-        zorder=3,
-    )
-
-
 # ---- the job ---------------------------------------------------------------------------------
 
 
 def shown_classes(figure: Mapping, total: int) -> list[int]:
     """The classes that the figure names, or the first of them; as many as there are colours."""
-    chosen = list(figure.get("classes", range(min(len(CLASS_COLOURS), total))))
-    if len(chosen) > len(CLASS_COLOURS):
-        raise UserError(f"classes: {len(chosen)} are too many; the map has colours for {len(CLASS_COLOURS)}")
+    chosen = list(figure.get("classes", range(min(CLASSES_SHOWN, total))))
+    if len(chosen) > CLASSES_SHOWN:
+        raise UserError(f"classes: {len(chosen)} are too many; the map has colours for {CLASSES_SHOWN}")
     for c in chosen:
         if c >= total:
             raise UserError(f"classes: {c} is not a class of this dataset; it has {total}, numbered from 0")
@@ -254,10 +190,8 @@ def main(job: Job) -> None:
         shown = drawn_evenly(embedded.real_labels, figure.get("images", REAL_SHOWN), (*names, "shown"))
         maps.append(map_points(embedded, shown, derive_seed(*names, "map")))
         lines.append({"method": own.method, "ipc": int(own.ipc), **summarise(embedded, names)})
-    points = pd.concat(maps)
-    save(draw(points, job.settings["labels"], class_titles(description, classes)), job.output)
     write_text(job.output["csv"], as_csv(pd.DataFrame(lines), "%.6g"))
-    write_text(job.output["points"], as_csv(points, "%.4f"))
+    write_text(job.output["points"], as_csv(pd.concat(maps), "%.4f"))
     for progress in progresses:
         progress.finish()
 

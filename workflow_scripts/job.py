@@ -1,8 +1,8 @@
 """What every workflow script shares: its command line, device, header, progress and error texts.
 
 A script makes four moves: read, build, call one or two library functions, write. Its rule's command is
-`python -m workflow_scripts.<rule> JOB SETTINGS CODE --threads N`, where JOB holds wildcards, input and
-output files and the device as JSON, and SETTINGS what the step reads.
+`python -m workflow_scripts.<rule> CODE --threads N`, with two lines of JSON as its standard input: wildcards,
+input and output files and the device in the first, what the step reads in the second.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What `lockf` says where a file system is mounted without locks."""
+
+OUT_OF_MEMORY = "OutOfMemoryError"
+"""Name of PyTorch's exception for a full GPU. Not every job imports PyTorch."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -165,26 +168,25 @@ def _free_gpu(count: int) -> int:
 
 
 def run(main: Callable[[Job], None]) -> None:
-    """Parse the command line, run `main`, and tell the user's mistakes in one line with exit status 1."""
+    """Read what is to be done, run `main`, and tell the user's mistakes in one line with exit status 1."""
     rule = Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(prog=f"python -m workflow_scripts.{rule}")
-    parser.add_argument("job", type=json.loads, help="wildcards, files and device, as JSON")
-    parser.add_argument("settings", type=json.loads, help="what the step reads, as JSON")
     parser.add_argument("code", help="hash of the code, for the header")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
+    described, settings = map(json.loads, sys.stdin)
     os.environ.setdefault("OMP_NUM_THREADS", str(given.threads))
     keep_freed_memory()
     job = Job(
         rule,
-        given.job["wildcards"],
-        given.job["input"],
-        given.job["output"],
-        given.settings,
+        described["wildcards"],
+        described["input"],
+        described["output"],
+        settings,
         given.code,
-        given.job["device"],
+        described["device"],
         given.threads,
-        given.job["checkpoints"],
+        described["checkpoints"],
     )
     try:
         check_code(rule)
@@ -194,10 +196,9 @@ def run(main: Callable[[Job], None]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not imported by every job
+        if type(error).__name__ != OUT_OF_MEMORY:
             raise
-        told = str(error).partition(". ")[0]
-        sys.exit(f"error: the GPU's memory is full ({told}); lower a batch_size, or free the GPU")
+        sys.exit(f"error: {gpu_is_full(str(error))}")
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -205,6 +206,11 @@ def run(main: Callable[[Job], None]) -> None:
             f"error: cannot read or write {error.filename or 'an output'}: {error.strerror};"
             " free or unlock it and rerun"
         )
+
+
+def gpu_is_full(told: str) -> str:
+    """What PyTorch said of a full GPU, as one line for the user."""
+    return f"the GPU's memory is full ({told.partition('. ')[0]}); lower a batch_size, or free the GPU"
 
 
 def check_code(rule: str) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from wmdd_core.barycenter import wasserstein_barycenter
 from wmdd_core.baselines import DC_LOOPS
-from wmdd_core.device import precision
+from wmdd_core.device import precision, precision_name
 from wmdd_core.errors import UserError
 from wmdd_core.features import extract_features
 from wmdd_core.memory import keep_freed_memory
@@ -37,7 +37,7 @@ from wmdd_core.timing import (
 )
 from workflow_scripts.distil_baseline import distil
 from workflow_scripts.job import Job, run
-from workflow_scripts.plain_tables import write_table
+from workflow_scripts.plain_tables import read_rows, write_table
 from workflow_scripts.real_images import (
     in_order,
     leave_cores_to_decoding,
@@ -47,7 +47,6 @@ from workflow_scripts.real_images import (
 )
 from workflow_scripts.recover_images import build_shard
 from workflow_scripts.select_images import draw_random
-from workflow_scripts.tabulate_accuracy import read_rows
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "report/published_efficiency.csv"
 
@@ -57,12 +56,13 @@ WARM_UP = 5
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of consecutive steps, the peak of memory in bytes, of what, and on which machine."""
+    """Seconds of consecutive steps, the peak of memory in bytes and of what, the machine, the precision."""
 
     seconds: list[float]
     peak: int
     memory: str
     machine: str
+    precision: str
 
 
 def measure_method(job: Job, method: str) -> Measured:
@@ -72,7 +72,14 @@ def measure_method(job: Job, method: str) -> Measured:
     device = job.device
     timer = IterationTimer(WARM_UP, device)
     (run_recovery if settings["kind"] == "recover" else run_baseline)(job, settings, timer)
-    return Measured(timer.seconds, *peak_memory(device), describe_machine(device))
+    return measured_on(device, job, timer.seconds)
+
+
+def measured_on(device: torch.device, job: Job, seconds: list[float]) -> Measured:
+    """`seconds` with what this process held and computed on."""
+    return Measured(
+        seconds, *peak_memory(device), describe_machine(device), precision_name(job.settings, device)
+    )
 
 
 def run_recovery(job: Job, settings: dict, timer: IterationTimer) -> None:
@@ -142,7 +149,7 @@ def measure_preparation(job: Job) -> Measured:
             wasserstein_barycenter(points, 1, generator=generator, **job.settings["barycenter"])
 
     seconds = [timed(extract, device)[1], timed(compute)[1] if job.settings["barycenter"] else 0.0]
-    return Measured(seconds, *peak_memory(device), describe_machine(device))
+    return measured_on(device, job, seconds)
 
 
 def alone(name: str, call: Callable[..., Measured], *arguments: object) -> Measured:
@@ -223,9 +230,7 @@ def describe(
     """What was measured, on what, and what stands in parentheses."""
     features, barycenters = preparation.seconds
     peak, settings = preparation.peak / 2**30, job.settings
-    multiplied = settings.get("precision", "auto")
-    on_gpu = rows[0]["memory"] == DEVICE_MEMORY
-    half = multiplied == "bfloat16" or (multiplied == "auto" and on_gpu)
+    on_gpu, half = rows[0]["memory"] == DEVICE_MEMORY, preparation.precision == "bfloat16"
     notes = [
         f"Time to update one image per class by one iteration on {settings['dataset_title']}, mean ± sample"
         f" standard deviation over {rows[0]['iterations_timed']} consecutive iterations after {WARM_UP} of"

@@ -1,14 +1,19 @@
-"""Writing a table that is no table of accuracies: one CSV line a row, and the same for people."""
+"""Tables as CSV, one line a row, and for people; those of accuracies are `tabulate_accuracy`'s."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import pandas as pd
 
 from wmdd_core.artifacts import write_text
-from workflow_scripts.tabulate_accuracy import MISSING, escape
+
+MISSING = "–"
+
+Row = dict[str, str]
+"""A line of a table's CSV as text, empty where there is nothing."""
 
 Shown = Sequence[Sequence[str]]
 """Lines as people read them, the head first; an empty field is missing."""
@@ -25,6 +30,29 @@ def write_table(
     write_text(output["csv"], pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
     write_text(output["md"], as_markdown(shown, title, notes))
     write_text(output["tex"], as_latex(shown, notes))
+
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "²": "$^2$",
+    "λ": r"$\lambda$",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "–": "--",
+}
+
+
+def escape(text: str) -> str:
+    """Text as LaTeX prints it."""
+    return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found[0]], text)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The lines of a CSV as text, nothing interpreted."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
 
 
 def numeric_columns(shown: Shown) -> list[bool]:

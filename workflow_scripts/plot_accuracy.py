@@ -13,9 +13,11 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from wmdd_core.artifacts import write_text
 from wmdd_core.errors import UserError
+from wmdd_core.terms import tell_apart
+from workflow_scripts.checks import ALL
 from workflow_scripts.drawing import base_name, line_styles, new_figure, save
 from workflow_scripts.job import Job, run
-from workflow_scripts.tabulate_accuracy import ALL, Row, read_rows
+from workflow_scripts.plain_tables import Row, read_rows
 
 DRAWN = ["dataset", "student", "recipe", "method", "ipc", "n_seeds", "top1_mean", "top1_sd", "published_top1"]
 PANELS_ABREAST = 3
@@ -116,12 +118,16 @@ def names_of(methods: Sequence[str], labels: Mapping[str, str]) -> dict[str, str
     return {m: m if n in shared and base_name(m) != m else n for m, n in read.items()}
 
 
-def panel_title(place: Sequence[str], several: Sequence[bool], labels: Mapping) -> str:
-    """What tells a panel from the others: dataset, student, recipe."""
-    parts = [
-        labels.get(b, {}).get(n, n) for b, n in zip(("datasets", "students", "recipes"), place, strict=True)
+def panel_titles(places: Sequence[Sequence[str]], labels: Mapping) -> list[str]:
+    """What tells each panel from the others: dataset, student, recipe, of which some are alike in all."""
+    read = [
+        tell_apart({name: labels.get(block, {}).get(name, name) for name in dict.fromkeys(names)})
+        for block, names in zip(("datasets", "students", "recipes"), zip(*places, strict=True), strict=True)
     ]
-    return ", ".join(itertools.compress(parts, several if any(several) else (True, False, False)))
+    several = [len(names) > 1 for names in read]
+    shown = several if any(several) else (True, False, False)
+    parts = ([names[n] for names, n in zip(read, place, strict=True)] for place in places)
+    return [", ".join(itertools.compress(told, shown)) for told in parts]
 
 
 def draw(rows: Sequence[Row], labels: Mapping) -> Figure:
@@ -129,7 +135,7 @@ def draw(rows: Sequence[Row], labels: Mapping) -> Figure:
     methods = list(dict.fromkeys(r["method"] for r in rows))
     styles, found = line_styles(methods), panels(rows)
     names = names_of(methods, labels.get("methods", {}))
-    several = [len({place[i] for place, _ in found}) > 1 for i in range(3)]
+    titles = panel_titles([place for place, _ in found], labels)
     across = 2 if len(found) == 4 else min(len(found), PANELS_ABREAST)
     down = -(-len(found) // across)
     handles = legend_handles(rows, names, styles)
@@ -142,9 +148,8 @@ def draw(rows: Sequence[Row], labels: Mapping) -> Figure:
         if index >= len(found):
             axes.set_axis_off()
             continue
-        place, own = found[index]
-        draw_panel(axes, own, styles)
-        axes.set_title(panel_title(place, several, labels), loc="left")
+        draw_panel(axes, found[index][1], styles)
+        axes.set_title(titles[index], loc="left")
         axes.set_xlabel("Images per class")
         if index % across == 0:
             axes.set_ylabel("Top-1 accuracy (%)")

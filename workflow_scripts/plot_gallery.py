@@ -15,10 +15,11 @@ from PIL import Image
 
 from wmdd_core.artifacts import read_tensors, write_text
 from wmdd_core.errors import UserError
+from workflow_scripts.checks import check_dataset, check_lineage, check_place
 from workflow_scripts.drawing import DPI, class_titles, new_figure, save
 from workflow_scripts.job import Job, listed, run
 from workflow_scripts.real_images import open_images
-from workflow_scripts.tabulate_accuracy import SYMBOLS, check_dataset, check_lineage, check_place
+from workflow_scripts.tabulate_accuracy import SYMBOLS
 
 CLASSES_SHOWN = 10
 IMAGES_SHOWN = 10
@@ -71,8 +72,7 @@ def distilled_block(path: str, job: Job, description: Mapping, classes: Sequence
     first: dict = {}
     check_dataset(job.input["description"], description["header"], first)
     check_dataset(path, header, first)
-    if "expected" in job.settings:
-        check_lineage(path, header, job.settings["expected"])
+    check_lineage(path, header, job.settings["expected"])
     method, ipc = header["wildcards"]["method"], header["wildcards"]["ipc"]
     images, lines = [], []
     for c in classes:
@@ -82,7 +82,7 @@ def distilled_block(path: str, job: Job, description: Mapping, classes: Sequence
         lines += [csv_line(method, ipc, c, description, i, f"{w:.6g}") for i, w in enumerate(weights)]
     label = job.settings["labels"]["methods"].get(method, method)
     if swept := job.settings["swept"].get(method):
-        label = f"{SYMBOLS.get(swept['key'], swept['key'])} = {swept['value']:g}"
+        label = f"{SYMBOLS.get(swept['key'], swept['key'])} = {swept['value']}"
     return Block(label, f"{ipc} image{'s' * (ipc != '1')} per class", images, lines)
 
 

@@ -14,8 +14,8 @@ from wmdd_core.artifacts import write_text
 from wmdd_core.errors import UserError
 from workflow_scripts.drawing import DASHES, MARKERS, new_figure, save
 from workflow_scripts.job import Job, run
-from workflow_scripts.plot_accuracy import PANELS_ABREAST, panel_title, panels, select
-from workflow_scripts.tabulate_accuracy import Row, read_rows
+from workflow_scripts.plain_tables import Row, read_rows
+from workflow_scripts.plot_accuracy import PANELS_ABREAST, panel_titles, panels, select
 
 TITLES = {"lambda_bn": "λ, weight of the BatchNorm term"}
 TONES = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
@@ -88,17 +88,17 @@ def draw(rows: Sequence[Row], swept: Mapping, labels: Mapping) -> Figure:
     dashes = styles_of(dict.fromkeys(r["entry"] for r in members), DASHES)
     across = min(len(found), PANELS_ABREAST)
     down = -(-len(found) // across)
-    several = [len({place[i] for place, _ in found}) > 1 for i in range(3)]
+    titles = panel_titles([place for place, _ in found], labels)
     figure = new_figure(5.4, 3.2) if len(found) == 1 else new_figure(4.2 * across, 3.0 * down)
     grid = figure.subplots(down, across, squeeze=False)
     for axes in grid.flat[len(found) :]:
         axes.set_axis_off()
-    for number, (axes, (place, own)) in enumerate(zip(grid.flat, found, strict=False)):
+    for number, (axes, (_, own)) in enumerate(zip(grid.flat, found, strict=False)):
         others = [r for r in own if r["method"] not in swept]
         draw_panel(axes, swept_rows(own, swept), others, tones, dashes, labels)
         axes.legend()
         if len(found) > 1:
-            axes.set_title(panel_title(place, several, labels), loc="left")
+            axes.set_title(titles[number], loc="left")
         axes.set_xlabel(TITLES.get(keys[0], keys[0]))
         if number % across == 0:
             axes.set_ylabel("Top-1 accuracy (%)")

@@ -4,6 +4,7 @@ With several GPUs (WMDD_GPUS) a process on each trains its part of every batch: 
 """
 
 import os
+import pickle
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,8 +19,9 @@ from wmdd_core.device import precision
 from wmdd_core.errors import UserError
 from wmdd_core.models import Classifier, build_model, load_weights
 from wmdd_core.seeding import derive_seed
+from wmdd_core.sources import UnreadableImage
 from wmdd_core.training import Curve, Schedule, accuracy, fit, hard_label_loss, test_batches
-from workflow_scripts.job import Job, run
+from workflow_scripts.job import OUT_OF_MEMORY, Job, gpu_is_full, run
 from workflow_scripts.real_images import (
     normalisation,
     open_images,
@@ -46,7 +48,16 @@ def load_published(model: Classifier, architecture: str, weights: str) -> None:
     if weights == "torchvision":
         from torchvision.models import get_model
 
-        load_weights(model, get_model(architecture, weights="DEFAULT").state_dict(), "torchvision")
+        try:
+            found = get_model(architecture, weights="DEFAULT").state_dict()
+        except OSError as error:  # of the download; a disk that is full is told by its own errors
+            if error.errno is not None:
+                raise
+            raise UserError(
+                f"teachers.*.weights: torchvision's weights cannot be fetched ({error}); fetch them into the"
+                " folder that TORCH_HOME names, where there is a network"
+            ) from error
+        load_weights(model, found, "torchvision")
         return
     path = Path(weights).expanduser()
     if not path.is_file():
@@ -56,8 +67,14 @@ def load_published(model: Classifier, architecture: str, weights: str) -> None:
     if path.suffix == ".safetensors":
         found = read_tensors(path)[0]
     else:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        found = found.get("state_dict", found)
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = found.get("state_dict", found)
+        except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError) as error:
+            told = str(error).partition("\n")[0]
+            raise UserError(
+                f"{path} holds no weights that can be read ({told}); save a network's state_dict()"
+            ) from error
     load_weights(model, {k.removeprefix("module."): v for k, v in found.items()}, str(path))
 
 
@@ -99,7 +116,9 @@ def launch(job: Job, processes: int) -> None:
     except ChildFailedError as error:
         told = error.get_first_failure()[1].message  # of an exception a mapping, of a signal text
         name, _, text = told["message"].partition(": ") if isinstance(told, dict) else (told, "", "")
-        if name != UserError.__name__:
+        if name == OUT_OF_MEMORY:
+            raise UserError(gpu_is_full(text)) from None
+        if name not in (UserError.__name__, UnreadableImage.__name__):
             raise
         raise UserError(text) from None
 
@@ -107,8 +126,6 @@ def launch(job: Job, processes: int) -> None:
 def train_part(job: Job) -> None:
     """One of the processes that train together."""
     device = job.device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         train(job, device)

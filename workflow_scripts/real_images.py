@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wmdd_core.augmentation import normalise
 from wmdd_core.data import ImageStore
+from wmdd_core.device import images_per_pass
 from wmdd_core.models import Classifier, build_model, load_weights
 from wmdd_core.sources import open_described
 from wmdd_core.training import Batch, FileCrops, file_batches, real_batches
@@ -61,11 +62,6 @@ def leave_cores_to_decoding(device: torch.device) -> None:
     """One thread for a network on a CPU: how many processes decode beside it must not change its rounding."""
     if device.type == "cpu":
         torch.set_num_threads(1)
-
-
-def images_per_pass(device: torch.device) -> int:
-    """Images in a forward pass: memory and time, not meaning. On a CPU so few that its caches hold them."""
-    return 64 if device.type == "cpu" else 100
 
 
 def in_order(

@@ -3,10 +3,10 @@
 import numpy as np
 
 from wmdd_core.artifacts import read_tensors, write_json
-from wmdd_core.device import precision
+from wmdd_core.device import images_per_pass, precision
 from wmdd_core.relabeling import ViewSettings, label_views
 from workflow_scripts.job import Job, run
-from workflow_scripts.real_images import images_per_pass, load_teacher, normalisation
+from workflow_scripts.real_images import load_teacher, normalisation
 
 
 def main(job: Job) -> None:

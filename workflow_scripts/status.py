@@ -44,9 +44,10 @@ class Planned:
     def from_command(cls, command: str) -> Planned | None:
         """Read a rule's command (rules/common.smk, `run_script`); None for a command of another kind."""
         words = shlex.split(command)
-        if len(words) < 4 or not words[2].startswith("workflow_scripts."):
+        module = next((w for w in words if w.startswith("workflow_scripts.")), None)
+        if words[0] != "printf" or not module:
             return None
-        rule, given = words[2].removeprefix("workflow_scripts."), json.loads(words[3])
+        rule, given = module.removeprefix("workflow_scripts."), json.loads(words[2])
         log, results = Path(words[words.index(">") + 1]), Path(given["checkpoints"]).parent
         benchmark = results / "benchmarks" / log.relative_to(results / "logs").with_suffix(".tsv")
         job = Job(rule, given["wildcards"], {}, {}, {}, "", "auto", 1, given["checkpoints"])
@@ -119,7 +120,7 @@ def count_jobs(told: str) -> dict[str, int]:
 
 def planned_jobs(told: str) -> list[Planned]:
     """The jobs that a dry run with --printshellcmds names."""
-    line = r"^\s*(?:Shell command: )?(?:\w+=\S* )*(python -m workflow_scripts\..+)$"  # behind its environment
+    line = r"^\s*(?:Shell command: )?(printf .+ python -m workflow_scripts\..+)$"
     commands = re.findall(line, told, re.MULTILINE)
     return [job for command in commands if (job := Planned.from_command(command))]
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,10 @@ import pandas as pd
 from wmdd_core.artifacts import read_json, write_text
 from wmdd_core.errors import UserError
 from wmdd_core.metrics import format_mean_sd, mean_and_sd
+from wmdd_core.terms import tell_apart
+from workflow_scripts.checks import ALL, check_dataset, check_lineage, check_place
 from workflow_scripts.job import Job, listed, run
+from workflow_scripts.plain_tables import MISSING, Row, escape, read_rows
 
 COLUMNS = (
     "dataset",
@@ -39,66 +40,12 @@ COLUMNS = (
     "published_source",
 )
 PLACE = ("dataset", "recipe", "method", "ipc", "student")
-DATASET_RULE = "describe_dataset"
-FOUND_RULES = (DATASET_RULE, "import_images")
-"""Rules whose digests cover what they found on the disk, which no configuration can foretell."""
-
-MISSING = "–"
-ALL = "all"
-"""Images per class of a student trained on all real images."""
-
 SYMBOLS = {"lambda_bn": "λ"}
-
-Row = dict[str, str]
-"""A line of the table's CSV: `COLUMNS` as text, empty where there is nothing."""
-
 
 # ---- read and check --------------------------------------------------------------------------
 
 PUBLISHED = Path(__file__).parent.parent / "report" / "published.csv"
 """Published figures; the rule's settings hold a digest of this file."""
-
-
-def check_place(path: str, header: Mapping, place: Mapping[str, str]) -> None:
-    """Raise `UserError` unless `header` says that `path` was made for `place`.
-
-    Students on all real data have no recipe and no images per class among their wildcards.
-    """
-    wildcards = header["wildcards"]
-    optional = {"recipe", "ipc"} if place.get("ipc") == ALL else set()
-    for key, value in place.items():
-        if key not in wildcards and key in optional:
-            continue
-        if wildcards.get(key) != value:
-            raise UserError(
-                f"{path} was made for {key} {wildcards.get(key)!r}, not {value!r}: it does not belong there;"
-                " delete it and run snakemake again"
-            )
-
-
-def check_lineage(path: str, header: Mapping, expected: Mapping[str, Iterable[str]]) -> None:
-    """Raise `UserError` unless each step behind `path` has settings and code of this configuration.
-
-    expected: rule → digests that its artefacts may carry.
-    """
-    for rule, digest in header["lineage"].items():
-        if rule not in FOUND_RULES and digest not in expected.get(rule, ()):
-            raise UserError(
-                f"{path} was made by other settings or code of {rule} than this configuration's;"
-                f" run snakemake again, or delete the file and what {rule} has made"
-            )
-
-
-def check_dataset(path: str, header: Mapping, first: dict[str, tuple[str, str | None]]) -> None:
-    """Raise `UserError` unless `path` was made from the same data as the `first` file of its dataset."""
-    found = header["lineage"].get(DATASET_RULE)
-    dataset = header["wildcards"]["dataset"]
-    other, known = first.setdefault(dataset, (path, found))
-    if found != known:
-        raise UserError(
-            f"{path} and {other} were made from different versions of the dataset {dataset!r}"
-            f" ({DATASET_RULE}); delete the outdated one and run snakemake again"
-        )
 
 
 def read_evaluation(path: str) -> dict | None:
@@ -132,11 +79,6 @@ def read_cells(paths: Sequence[str], cells: Sequence[Mapping], expected: Mapping
             check_dataset(path, header, first)
             found[-1].append(evaluation)
     return found
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """The lines of a CSV as text, nothing interpreted."""
-    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
 
 
 def read_published(path: str) -> dict[tuple[str, ...], Row]:
@@ -210,10 +152,11 @@ def pivot(rows: Sequence[Row], labels: Mapping, swept: Mapping) -> Pivot:
     labels: block → name → what people read; swept: method → {key, value} of the members of a sweep.
     """
 
-    def read(block: str, name: str) -> str:
-        return labels.get(block, {}).get(name, name)
-
-    datasets = list(dict.fromkeys(r["dataset"] for r in rows))
+    read = {
+        block: tell_apart({n: labels.get(block, {}).get(n, n) for n in dict.fromkeys(r[key] for r in rows)})
+        for block, key in (("datasets", "dataset"), ("students", "student"), ("recipes", "recipe"))
+    }
+    datasets = list(read["datasets"])
     columns = sorted(
         {(r["dataset"], r["ipc"]) for r in rows},
         key=lambda c: (datasets.index(c[0]), c[1] == ALL, _number(c[1])),
@@ -223,8 +166,8 @@ def pivot(rows: Sequence[Row], labels: Mapping, swept: Mapping) -> Pivot:
     keys = {swept[r["method"]]["key"] for r in rows if r["method"] in swept}
 
     def title(student: str, recipe: str) -> str:
-        parts = [read("students", student)] if several_students else []
-        return ", ".join([*parts, f"recipe {read('recipes', recipe)}"] if several_recipes else parts)
+        parts = [read["students"][student]] if several_students else []
+        return ", ".join([*parts, f"recipe {read['recipes'][recipe]}"] if several_recipes else parts)
 
     groups: dict[str, dict[str, dict]] = {}
     for row in rows:
@@ -234,14 +177,13 @@ def pivot(rows: Sequence[Row], labels: Mapping, swept: Mapping) -> Pivot:
             line = groups.setdefault(title(row["student"], recipe), {}).setdefault(row["method"], {})
             line[row["dataset"], row["ipc"]] = row
 
-    methods = dict.fromkeys(r["method"] for r in rows if r["method"] not in swept)
-    shown = Counter(read("methods", m) for m in methods)
+    named = labels.get("methods", {})
+    single = dict.fromkeys(r["method"] for r in rows if r["method"] not in swept)  # others have their values
+    single = tell_apart({m: named.get(m, m) for m in single})
 
     def stub(method: str) -> list[str]:
         found = swept.get(method)
-        name = read("methods", method)
-        if found is None and shown[name] > 1:  # by `like` without a label of its own
-            name = f"{name} ({method})"
+        name = named.get(method, method) if found else single[method]
         if not keys:
             return [name]
         if found is None:
@@ -254,7 +196,7 @@ def pivot(rows: Sequence[Row], labels: Mapping, swept: Mapping) -> Pivot:
     value_name = [_symbol(next(iter(keys))) if len(keys) == 1 else "setting"] if keys else []
     return Pivot(
         ["Method", *value_name],
-        [(read("datasets", d), ALL if i == ALL else f"IPC {i}") for d, i in columns],
+        [(read["datasets"][d], ALL if i == ALL else f"IPC {i}") for d, i in columns],
         [
             (t, [(stub(m), [line.get(c) for c in columns]) for m, line in g.items()])
             for t, g in groups.items()
@@ -417,24 +359,6 @@ def as_markdown(table: Pivot, title: str, *notes: str) -> str:
             lines.append(line([f"**{group}**", *[""] * (width - 1)]))
         lines += [line([*stub, *map(cell_text, cells)]) for stub, cells in members]
     return "\n".join([*lines, *(part for note in notes for part in ("", note))]) + "\n"
-
-
-LATEX = {
-    "\\": r"\textbackslash{}",
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "²": "$^2$",
-    "λ": r"$\lambda$",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "–": "--",
-}
-
-
-def escape(text: str) -> str:
-    """Text as LaTeX prints it."""
-    return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found[0]], text)
 
 
 def as_latex(table: Pivot, *notes: str) -> str:

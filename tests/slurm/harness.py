@@ -246,11 +246,14 @@ PartitionName=gpu Nodes=ALL MaxTime=INFINITE State=UP
 
     def script(self, directory: Path, rule: str, **wildcards: str) -> int | None:
         """The process id of the job of `rule` with these wildcards, while it is at work."""
-        for pid, command in self.processes(directory).items():
-            if command[1:3] != ["-m", f"workflow_scripts.{rule}"]:
-                continue
-            if wildcards.items() <= json.loads(command[3])["wildcards"].items():
-                return pid
+        wanted = {f"{key}-{value}" for key, value in wildcards.items()}
+        running = self.processes(directory)
+        for lock in directory.glob(f"results/*/checkpoints/{rule}/**/*.lock"):
+            if wanted <= set(lock.with_suffix("").parts):
+                with contextlib.suppress(OSError, ValueError):
+                    pid = json.loads(lock.read_text())["pid"]
+                    if pid in running:
+                        return pid
         return None
 
     def run(self, directory: Path, *arguments: str, presets: tuple[Path, ...] = (), jobs: int = 4) -> Run:
