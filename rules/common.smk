@@ -57,9 +57,10 @@ def _read_by_rules():
     return digest([config, *(file.read_text(encoding="utf-8") for file in files)])
 
 
+_read = _read_by_rules()
 if workflow.is_main_process:
-    os.environ.update(WMDD_CONFIG=_read_by_rules(), WMDD_SOURCES=source_stamp())
-elif os.environ.get("WMDD_CONFIG", _read_by_rules()) != _read_by_rules():
+    os.environ.update(WMDD_CONFIG=_read, WMDD_SOURCES=source_stamp())
+elif os.environ.get("WMDD_CONFIG", _read) != _read:
     # On a cluster each job reads the files again, and is recorded with what they said when the run began.
     told = "the configuration or rules/ was edited since this run began"
     sys.exit(f"error: {told}; put it back, or end the run and start it again")

@@ -446,6 +446,11 @@ def evaluations(table):
     return [EVALUATION.format(**cell, seed=s) for cell in table_cells(table) for s in range(cell["seeds"])]
 
 
+def made_by(step, w):
+    """A digest of the settings and the code of a job."""
+    return digest([SETTINGS[step](w), code_of(step)])
+
+
 def expected_digests(jobs):
     """rule → digests of settings and code that artefacts of these jobs may have in their lineage.
 
@@ -459,7 +464,7 @@ def expected_digests(jobs):
             continue
         seen.add((step, *place.items()))
         w = SimpleNamespace(**place)
-        found.setdefault(lineage_name(step, place), set()).add(digest([SETTINGS[step](w), code_of(step)]))
+        found.setdefault(lineage_name(step, place), set()).add(made_by(step, w))
         left += steps_before(step, w)
     return {name: sorted(digests) for name, digests in found.items()}
 
@@ -536,11 +541,8 @@ def appearance():
 
 @functools.cache
 def making_table(table):
-    """A digest of the settings and the code of an accuracy table.
-
-    A table whose job has failed leaves no file that a figure could be older than.
-    """
-    return digest([SETTINGS["tabulate_accuracy"](SimpleNamespace(table=table)), code_of("tabulate_accuracy")])
+    """What an accuracy table is made by: one whose job failed leaves no file to be older than."""
+    return made_by("tabulate_accuracy", SimpleNamespace(table=table))
 
 
 @settings_for
@@ -890,9 +892,8 @@ def stored_features(dataset):
 
 
 def measuring(w):
-    """A digest of the settings and the code of the measurement that a figure draws, as `making_table`."""
-    maker = {"distances": "measure_distances", "tsne": "embed_tsne"}[figure_of(w)["kind"]]
-    return digest([SETTINGS[maker](w), code_of(maker)])
+    """What the measurement that a figure draws is made by, as `making_table`."""
+    return made_by({"distances": "measure_distances", "tsne": "embed_tsne"}[figure_of(w)["kind"]], w)
 
 
 def measure_distances_input(w):

@@ -147,7 +147,7 @@ class MinimalFiltering(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _convolved(x, _spectrum(weight), _tile(x), bias)
+        return _convolved(x, _spectrum(weight), bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -160,7 +160,7 @@ class MinimalFiltering(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again, as gradient matching does
             return nn.grad.conv2d_input(x.shape, weight, gradient, padding=1), kernels, bias
         mirrored = weight.flip(2, 3).transpose(0, 1)
-        return _convolved(gradient, _spectrum(mirrored), _tile(x)), kernels, bias
+        return _convolved(gradient, _spectrum(mirrored)), kernels, bias
 
 
 class Tiling(NamedTuple):
@@ -197,10 +197,10 @@ def _tiles(side: int) -> int:
     return -(-side // 4)
 
 
-def _convolved(x: Tensor, spectrum: Tensor, tiling: Tiling, bias: Tensor | None = None) -> Tensor:
+def _convolved(x: Tensor, spectrum: Tensor, bias: Tensor | None = None) -> Tensor:
     """Y of every tile, cut to the size of x (N, C, H, W), for kernels of this `_spectrum`."""
     (count, _, height, width), channels = x.shape, len(spectrum) // 36
-    blocks, each, rows, columns = tiling
+    blocks, each, rows, columns = tiling = _tile(x)
     half, spare = (x.new_empty(blocks, each, rows, columns, k, channels) for k in (24, 6))
     found = torch.empty((count, channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
     output = found.permute(0, 2, 3, 1)
