@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= 2
 
-.PHONY: demo test install install-dev format
+.PHONY: demo test install install-dev format help
 
 demo: install ## distil the embedded digits and build results/report/index.html
 	$(BIN)/snakemake --cores $(CORES)
@@ -24,6 +24,9 @@ format: install-dev ## bring Python and Snakemake files into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile rules
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
