@@ -122,7 +122,8 @@ def test_sre2l_and_the_released_loss_differ_from_wmdd_as_published(preset, datas
     assert (sre2l["iterations"], sre2l["first_bn_multiplier"]) == (4000, 10)
     assert sre2l["learning_rate"] == wmdd["learning_rate"] and sre2l["loss_form"] == "released"
     assert (sre2l["feature_term"], sre2l["bn_term"]) == ("cross_entropy", "global")
-    assert cda == {**sre2l, "label": "CDA", "crop_scale_start": 1}
+    published = {"lambda_bn": 0.05, "learning_rate": 0.4} if dataset == "tiny-imagenet" else {}
+    assert cda == {**sre2l, "label": "CDA", "crop_scale_start": 1, **published}
 
 
 @pytest.mark.parametrize("dataset", PAPER)
@@ -147,6 +148,17 @@ def test_dm_has_its_published_learning_rate_for_many_images(ipc, rate, tmp_path)
         r"printf .* python -m workflow_scripts\.distil_baseline ", done.stdout + done.stderr
     )
     assert re.search(r'"learning_rate":([\d.]+)', command)[1] == str(rate)
+
+
+def test_precision_is_a_setting_of_the_rules_that_run_networks(tmp_path):
+    given = ("--config", "precision=bfloat16", "--dry-run", "--printshellcmds", "--", "all_paper")
+    done = run_snakemake(tmp_path, *given)
+    commands = re.findall(r"(printf .*) python -m workflow_scripts\.(\w+) ", done.stdout + done.stderr)
+    precise = {rule for command, rule in commands if '"precision":"bfloat16"' in command}
+    training = {"pretrain_teacher", "recover_images", "relabel_images", "evaluate_student"}
+    others = {"evaluate_all_real", "measure_efficiency", "measure_distances", "embed_tsne"}
+    assert precise == training | others | {"build_page"}  # which shows the whole configuration
+    assert {"extract_features", "distil_baseline", "compute_barycenter"} < {rule for _, rule in commands}
 
 
 @pytest.mark.parametrize("preset", [*PAPER, "paper", "own-images"])
