@@ -10,6 +10,7 @@ configfile: f"{workflow.basedir}/config.yaml"
 
 include: "rules/common.smk"
 include: "rules/inputs.smk"
+include: "rules/report_inputs.smk"
 include: "rules/data.smk"
 include: "rules/pretrain.smk"
 include: "rules/features.smk"
@@ -27,4 +28,4 @@ rule all:
     default_target: True
     input:
         PAGE.format(page="index"),
-        parts_of("index"),  # a table or figure that was deleted is made again, too
+        lambda w: target_files(page_names("index")),  # what was deleted is made again, too

@@ -121,6 +121,10 @@ def _prepare(stage: str, side: str, device: str, folder: str, sizes: dict) -> No
 
     if side == "ours":  # as every job of the workflow does
         keep_freed_memory()
+        if device == "cuda":
+            from wmdd_core.device import compute_reproducibly
+
+            compute_reproducibly()
     _work = getattr(stages, stage)(side, device, Path(folder), **sizes)
 
 
@@ -185,7 +189,7 @@ def describe_origin(threads: int, device: str = "cpu") -> dict[str, str]:
     """Machine, versions, date and commit."""
     import torch
 
-    from wmdd_core.timing import processor_name
+    from wmdd_core.machine import processor_name
 
     gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     git = subprocess.run(

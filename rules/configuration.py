@@ -48,7 +48,7 @@ def prepare(config: dict, schema: dict) -> dict:
     """
     config = _numbers(copy.deepcopy(config))
     check_block("config", config, schema, schema)
-    config["results"] = os.path.expanduser(config["results"])
+    config["results"] = os.path.normpath(os.path.expanduser(config["results"]))
     for block in ENTRY_BLOCKS:
         config[block] = expand_entries(block, config.get(block) or {})
         kind = schema["$defs"][schema["properties"][block]["x-entry"]]

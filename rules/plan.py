@@ -146,7 +146,7 @@ class Planner:
         classes = int(last or first) - int(first) + 1
         members = self.images(w["dataset"])[0] / self.classes(w["dataset"])
         seconds = (
-            self.costs["core"]["barycenter_seconds"] * members * ipc * settings.get("max_iterations", 10)
+            self.costs["core"]["barycenter_seconds"] * members * ipc * settings.get("max_iterations", 100)
         )
         kept = ipc * self.dimension(self.teacher(w), w["dataset"]) * 8
         return Cost(core_seconds=classes * seconds, bytes=classes * kept)

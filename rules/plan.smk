@@ -23,12 +23,22 @@ def print_plan():
         print(summarise(jobs, config, read_yaml("report/costs.yaml")), file=sys.stderr)
 
 
+_working_folder = os.getcwd()  # which Snakemake has left when Python ends
+
+
 def print_unrecorded():
     """Say after a run that Snakemake took files as they are because it does not know what made them."""
     if workflow.dryrun or workflow.dag is None or not workflow.is_main_process:
         return
     dag, record = workflow.dag, workflow.persistence
-    lost = [job for job in dag.jobs if dag.reason(job).no_metadata and not record.has_metadata(job)]
+    lost = [
+        job
+        for job in dag.jobs
+        if dag.reason(job).no_metadata
+        and not dag.needrun(job)
+        and not record.has_metadata(job)
+        and all(os.path.exists(os.path.join(_working_folder, file)) for file in job.output)
+    ]
     if lost:
         print(
             f"warning: {len(lost)} job{'s' * (len(lost) > 1)} left files without a record of their settings (results"

@@ -119,7 +119,7 @@ for _name in config["tables"]:
         name:
             _name
         input:
-            item_files(_name),
+            target_files([_name]),
 
 
 for _name in config["figures"]:
@@ -128,10 +128,10 @@ for _name in config["figures"]:
         name:
             _name
         input:
-            item_files(_name),
+            target_files([_name]),
 
 
 rule all_paper:
     input:
         PAGE.format(page="paper"),
-        parts_of("paper"),
+        lambda w: target_files(page_names("paper")),

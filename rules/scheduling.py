@@ -1,14 +1,16 @@
-"""Two repairs of Snakemake: looks at ready jobs that multiply, jobs that Ctrl-C leaves on a cluster."""
+"""Three repairs of Snakemake: looks that multiply, jobs that Ctrl-C leaves, failures that look done."""
 
 from __future__ import annotations
 
 import threading
 import time
 
+from snakemake.jobs import Job
 from snakemake.scheduling.job_scheduler import JobScheduler
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 
 _report_submission = RemoteExecutor.report_job_submission
+_postprocess = Job.postprocess
 
 
 def look_again_once(scheduler: JobScheduler, delay: float) -> None:
@@ -46,8 +48,22 @@ def cancel_running(executor: RemoteExecutor) -> None:
     executor.shutdown()
 
 
+async def forget_failed(job: Job, *args: object, error: bool = False, **options: object) -> None:
+    """Clean up after a job as Snakemake does, and forget one that failed.
+
+    Snakemake records a failed job as if it had succeeded: with its settings, and the checksums of its inputs.
+    An input that had changed then counts as one that the job has seen, its output, which is gone, as not
+    needed while what was made of it is there: the next run would leave all that as it is.
+    """
+    await _postprocess(job, *args, error=error, **options)
+    workflow = job.dag.workflow
+    if error and workflow.is_main_process and not workflow.execution_settings.keep_incomplete:
+        workflow.persistence.cleanup(job)
+
+
 def repair_scheduler() -> None:
     """Put the functions of this module in the place of Snakemake's own."""
     JobScheduler._schedule_reevalutation = look_again_once
     RemoteExecutor.report_job_submission = remember_submission
     RemoteExecutor.cancel = cancel_running
+    Job.postprocess = forget_failed

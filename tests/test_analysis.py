@@ -27,7 +27,8 @@ from wmdd_core.metrics import (
 )
 from wmdd_core.models import Classifier, build_model
 from workflow_scripts import embed_tsne, measure_distances, plot_distances, plot_tsne, trace_barycenters
-from workflow_scripts.distilled_sets import embed_images
+from workflow_scripts.distilled_sets import DistilledSet, embed_images
+from workflow_scripts.drawing import in_order
 from workflow_scripts.job import Job
 from workflow_scripts.measure_distances import both_sides, distances, with_means
 
@@ -268,7 +269,10 @@ def small_job(world: dict, rule: str, output, settings: dict, **files) -> Job:
 def drawn(measured: Job, main) -> dict[str, bytes]:
     """What the drawing rule makes of a measurement's files."""
     files = {**measured.input, "csv": measured.output["csv"], "points": measured.output["points"]}
-    main(replace(measured, input=files, settings={"labels": {"wmdd": "WMDD"}}))
+    table = pd.read_csv(files["csv"])
+    orders = {name: table[name].unique().tolist() for name in ("method", "ipc")}
+    settings = {"labels": {"wmdd": "WMDD"}, "methods": orders["method"], "ipc": orders["ipc"]}
+    main(replace(measured, input=files, settings=settings))
     return {kind: Path(measured.output[kind]).read_bytes() for kind in ("png", "pdf")}
 
 
@@ -302,6 +306,41 @@ def test_distances_of_both_sets_from_files(world, tmp_path):
     assert not Path(job.output["png"]).exists()
     first = drawn(job, plot_distances.main)
     assert first["png"].startswith(b"\x89PNG") and first == drawn(job, plot_distances.main)
+
+
+def test_rows_are_drawn_in_the_figures_order_not_the_measurements():
+    table = pd.DataFrame({"method": [*"aabb"], "ipc": [10, 1, 10, 1], "number": range(4)})
+    assert in_order(table, method=["b", "a"], ipc=[1, 10]).number.tolist() == [3, 2, 1, 0]
+    assert in_order(table, ipc=[1, 10], method=["b", "a"]).number.tolist() == [3, 1, 2, 0]
+
+
+def points_of(axes) -> dict[tuple[str, int], float]:
+    """(marker, row of the figure) → where it stands on the horizontal axis."""
+    points = [line for line in axes.lines if len(line.get_xdata()) == 1]
+    return {(p.get_marker(), round(p.get_ydata()[0])): p.get_xdata()[0] for p in points}
+
+
+def test_the_figure_draws_distances_relative_to_the_first_method_and_both_sides_of_the_bound():
+    table = pd.DataFrame(
+        {
+            "method": ["sre2l", "wmdd", "wmdd"],
+            "ipc": [1, 1, 1],
+            "class": ["mean", "0", "mean"],
+            "w1": [2.0, 99.0, 1.0],
+            "w2": [4.0, 99.0, 1.0],
+            "mmd_linear": [8.0, 99.0, 16.0],
+            "mmd_rbf": [1.0, 99.0, 0.125],
+            "teacher_difference": [0.5, 99.0, 0.25],
+            "teacher_bound_estimate": [3.0, 99.0, 2.0],
+            "teacher_bound": [16.0, 99.0, 8.0],
+        }
+    )
+    relative, bound = map(points_of, plot_distances.draw(table, {}).axes)
+    ratios = {"w1": 0.5, "w2": 0.25, "mmd_linear": 2, "mmd_rbf": 0.125}
+    for metric, marker in plot_distances.MARKERS.items():
+        assert (relative[marker, 0], relative[marker, 1]) == (1, ratios[metric])
+    assert [bound[marker, 0] for marker in "o|>"] == [0.5, 3, 16]
+    assert [bound[marker, 1] for marker in "o|>"] == [0.25, 2, 8]
 
 
 def test_without_a_student_the_teachers_loss_alone_is_measured(world, tmp_path):
@@ -346,6 +385,28 @@ def test_maps_are_the_same_for_a_seed_and_count_what_is_there(world, tmp_path):
     numbers = pd.read_csv(job.output["csv"]).set_index("method")
     assert numbers.loc["sre2l", "within"] < 1e-6 < 1e-3 < numbers.loc["wmdd", "within"]
     assert numbers.loc["sre2l", "coverage"] < numbers.loc["wmdd", "coverage"]
+
+
+def test_the_network_of_a_map_is_trained_on_every_real_and_every_distilled_image(world, monkeypatch):
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(256, (18, 3, RESOLUTION, RESOLUTION), generator=generator).to(torch.uint8)
+    labels = torch.arange(CLASSES).repeat(6)
+    own = DistilledSet("wmdd", "2", images[12:], labels[12:], torch.full((6,), 0.5), {})
+    seen = []
+
+    def record(model, schedule, batches, *_, **__):
+        seen.extend(batches(0))
+
+    monkeypatch.setattr(embed_tsne, "fit", record)
+    settings = {"schedule": {**SCHEDULE, "crop_scale_min": 1}, "student": STUDENT, "flip": False, "seed": 0}
+    embed_tsne.train_on_mixture(settings, own, images[:12], labels[:12], world["description"])
+
+    def listed(labels, pixels):
+        return sorted(torch.cat([labels[:, None], pixels.flatten(1).long()], 1).tolist())
+
+    views, shown = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    # Neither cropped nor mirrored, a view is the image itself, normalised by 0.5 and 0.25.
+    assert listed(shown, (255 * (0.25 * views + 0.5)).round()) == listed(labels, images)
 
 
 def test_tsne_is_deterministic():
@@ -397,8 +458,6 @@ def test_more_classes_than_colours_are_refused():
     assert embed_tsne.shown_classes({}, 1000) == list(range(len(plot_tsne.CLASS_COLOURS)))
     with pytest.raises(UserError, match="11 are too many"):
         embed_tsne.shown_classes({"classes": list(range(11))}, 1000)
-    with pytest.raises(UserError, match="7 is not a class"):
-        embed_tsne.shown_classes({"classes": [7]}, 3)
 
 
 # ---- the trace ---------------------------------------------------------------------------------

@@ -90,6 +90,25 @@ def test_within_two_percent_of_kmeans_on_network_like_features(size):
     assert found.objective == pytest.approx(solved_apart(found, points), rel=1e-9)
 
 
+def test_kmeans_mode_is_as_good_as_kmeans_and_weighs_clusters_by_their_shares():
+    for label in range(10):
+        points = digits(label)
+        found = wasserstein_barycenter(points, 10, generator=rng(label), weights="kmeans")
+        assert found.objective <= 1.02 * best_of_ten(points, 10), label
+        nearest = squared_cost(found.support, points).argmin(0)
+        np.testing.assert_allclose(found.weights, np.bincount(nearest, minlength=10) / len(points), atol=1e-9)
+
+
+@pytest.mark.parametrize(("count", "size"), [(144, 50), (500, 100)])
+def test_learned_weights_are_no_worse_than_uniform_ones_after_the_papers_ten_iterations(count, size):
+    points = relu_features(count, 32)
+    learned, uniform = (
+        wasserstein_barycenter(points, size, generator=rng(7), weights=w, max_iterations=10).objective
+        for w in ("learned", "uniform")
+    )
+    assert learned <= uniform
+
+
 def test_uniform_mode_is_pots_free_support_solver():
     points = digits(5)
     start = points[rng(4).choice(len(points), 6, replace=False)]

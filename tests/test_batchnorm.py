@@ -48,25 +48,15 @@ def test_statistics_are_exact_for_uneven_batches_and_classes():
     torch.testing.assert_close(statistics.global_var, var, rtol=1e-6, atol=1e-6)
 
 
-def test_averaging_variances_over_batches_would_be_wrong():
-    """What the released code does; the test above can tell the difference."""
+def test_variance_between_batches_is_not_lost_as_by_averaging_their_variances():
+    """What the released code does."""
     x, labels = uneven_data()
+    x = x + torch.arange(len(x)).view(-1, 1, 1, 1)
+    found = accumulate(x, labels, 1).statistics()["layer"].var[2]
     chosen = x[labels == 2]
-    averaged = torch.stack(
-        [direct(b)[1] for b in (chosen + torch.arange(40.0).view(-1, 1, 1, 1)).split(10)]
-    ).mean(0)
-    exact = direct(chosen + torch.arange(40.0).view(-1, 1, 1, 1))[1]
-    assert (averaged < 0.5 * exact).all()
-
-
-def test_merged_parts_equal_the_whole():
-    x, labels = uneven_data()
-    whole = accumulate(x, labels, 9).statistics()["layer"]
-    parts = accumulate(x[:20], labels[:20], 3)
-    parts.merge(accumulate(x[20:], labels[20:], 11))
-    merged = parts.statistics()["layer"]
-    for name in ("mean", "var", "global_mean", "global_var"):
-        torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+    exact, averaged = direct(chosen)[1], torch.stack([direct(image)[1] for image in chosen.split(1)]).mean(0)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=0)
+    assert (averaged < 0.01 * exact).all()
 
 
 @pytest.mark.parametrize("norm_layers", [3])

@@ -511,6 +511,12 @@ def test_the_results_of_a_home_folder_lie_there(monkeypatch):
     assert prepare(changed("results", "a~/b"), SCHEMA)["results"] == "a~/b"
 
 
+@pytest.mark.parametrize("given", ["out", "out/", "./out", "out/../out"])
+def test_a_folder_of_results_has_one_name(given):
+    """Files of another name would match no target, and have no record of their settings."""
+    assert prepare(changed("results", given), SCHEMA)["results"] == "out"
+
+
 # ---- numbers -----------------------------------------------------------------------------------
 
 

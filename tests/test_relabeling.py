@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from wmdd_core.artifacts import make_header, write_json, write_tensors
 from wmdd_core.augmentation import view_batch
+from wmdd_core.device import precision
 from wmdd_core.errors import UserError
 from wmdd_core.models import batchnorm_layers, build_model, freeze
 from wmdd_core.progress import Progress
@@ -325,7 +326,7 @@ class Files:
         header = make_header("gather_images", {}, {}, "c0de", [data])
         write_tensors(folder / "images.safetensors", {"images": IMAGES}, header)
 
-    def job(self, epochs: int, seed: int):
+    def job(self, epochs: int, seed: int, **recipe):
         from workflow_scripts.job import Job
 
         views = {"seed": seed, "crop_scale_min": 0.1, "flip": True, "cutmix": True}
@@ -338,17 +339,17 @@ class Files:
                 "images": str(self.folder / "images.safetensors"),
             },
             output={"labels": str(self.folder / "labels.npy"), "header": str(self.folder / "header.json")},
-            settings={"views": views, "epochs": epochs, "teacher_mode": "eval"},
+            settings={"views": views, "epochs": epochs, "teacher_mode": "eval", **recipe},
             code="c0de",
             device_name="cpu",
             threads=1,
             checkpoints=str(self.folder / "checkpoints"),
         )
 
-    def run(self, epochs: int, seed: int = 0) -> np.ndarray:
+    def run(self, epochs: int, seed: int = 0, **recipe) -> np.ndarray:
         from workflow_scripts.relabel_images import main
 
-        main(self.job(epochs, seed))
+        main(self.job(epochs, seed, **recipe))
         labels = np.load(self.folder / "labels.npy")
         header = json.loads((self.folder / "header.json").read_text())
         assert header["shape"] == list(labels.shape) == [epochs, COUNT, CLASSES]
@@ -377,9 +378,23 @@ def kill_while_labelling(files: Files, epochs: int, monkeypatch, seed: int = 0) 
             files.run(epochs, seed)
 
 
-def test_a_relabelling_job_goes_on_after_a_kill(files, monkeypatch, teacher):
+@pytest.mark.parametrize("mode", ["eval", "batch"])
+def test_a_job_labels_in_the_mode_and_the_batches_of_its_recipe(files, teacher, mode):
+    wanted = labelled(teacher, teacher_mode=mode, batch_size=4)
+    assert np.array_equal(files.run(EPOCHS, teacher_mode=mode, batch_size=4), wanted)
+
+
+def test_a_job_labels_in_the_precision_of_its_settings(files, teacher):
+    half = {"precision": "bfloat16"}
+    found = files.run(EPOCHS, **half)
+    assert np.array_equal(found, labelled(teacher, precision=precision(half, torch.device("cpu"))))
+    assert not np.array_equal(found, labelled(teacher))
+
+
+def test_a_relabelling_job_goes_on_after_a_kill(files, monkeypatch, teacher, capsys):
     kill_while_labelling(files, 4, monkeypatch)
     assert np.array_equal(files.run(4), labelled(teacher, epochs=4))
+    assert "resuming after step 2\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("epochs", [3, 6])

@@ -91,6 +91,17 @@ def test_deleted_tables_and_figures_are_made_again(smoke, tmp_path, deleted):
     assert not planned.keys() & {"recover_images", "evaluate_student"}
 
 
+@pytest.mark.parametrize("target", ["main", "gallery", "all"])
+def test_a_dataset_that_could_not_be_described_anew_is_described_again(smoke, tmp_path, target):
+    """A forced job that fails leaves no description, and nothing that is older than its inputs."""
+    directory = Path(shutil.copytree(smoke, tmp_path / "run"))
+    (found,) = directory.glob("**/digits/description.json")
+    found.unlink()
+    done = run_snakemake(directory, "--dry-run", "--", target)
+    planned = count_jobs(done.stdout + done.stderr)
+    assert {"describe_dataset", "decode_images", "recover_images", "gather_images"} <= planned.keys()
+
+
 def test_a_figure_of_a_table_that_failed_is_drawn_again(smoke, tmp_path):
     """The table's job leaves no file then, and the figure is younger than all that the table is made of."""
     directory = Path(shutil.copytree(smoke, tmp_path / "run"))

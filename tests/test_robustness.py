@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import random
@@ -32,9 +33,9 @@ def finished_jobs(directory: Path) -> int:
     return len(list((directory / "results/smoke/benchmarks").rglob("*.tsv")))
 
 
-def saved_since(directory: Path, start: float) -> bool:
-    """Whether a job has saved a checkpoint since `start` and is not done."""
-    for path in (directory / "results/smoke/checkpoints").rglob("*.pt"):
+def saved_since(directory: Path, start: float, rule: str = "") -> bool:
+    """Whether a job, of this rule or of any, has saved a checkpoint since `start` and is not done."""
+    for path in (directory / "results/smoke/checkpoints" / rule).rglob("*.pt"):
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime > start:
                 return True
@@ -42,18 +43,41 @@ def saved_since(directory: Path, start: float) -> bool:
 
 
 def stop_run(
-    directory: Path, cores: int, reached: Callable[[], bool], delay: float, by: signal.Signals
+    directory: Path, cores: int, reached: Callable[[], bool], delay: float, by: signal.Signals, *targets: str
 ) -> None:
-    """Start the smoke workflow and send `by` to all of it, `delay` seconds after `reached()` first holds."""
-    process = start_snakemake(directory, "--cores", str(cores), WMDD_SAVE_EVERY="0")  # save after every step
+    """Start the smoke workflow and send `by` to all of it, `delay` seconds after `reached()` first holds.
+
+    It is halted before, and goes on if `reached()` holds no longer: a job may have ended in the meantime.
+    """
+    # Checkpoints are saved after every step.
+    process = start_snakemake(directory, "--cores", str(cores), *targets, WMDD_SAVE_EVERY="0")
     deadline = time.monotonic() + 300
-    while not reached() and process.poll() is None:
-        assert time.monotonic() < deadline, "no progress in five minutes"
-        time.sleep(0.02)
-    time.sleep(delay)
+    while True:
+        while not reached():
+            assert process.poll() is None, "the run has ended"
+            assert time.monotonic() < deadline, "no progress in five minutes"
+            time.sleep(0.02)
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGSTOP)
+        time.sleep(0.02)  # until every process has halted
+        if reached():
+            break
+        os.killpg(process.pid, signal.SIGCONT)
+        delay = 0
     os.killpg(process.pid, by)
+    os.killpg(process.pid, signal.SIGCONT)  # what is halted does not heed Ctrl-C
     told = process.communicate(timeout=120)[1].decode()
     assert process.returncode == (-by if by == signal.SIGKILL else 1), told
+
+
+EVALUATIONS = [
+    f"results/smoke/digits/evaluation/wmdd/random/ipc{ipc}/convnet/seed{seed}.json"
+    for ipc in (1, 2)
+    for seed in (0, 1)
+]
+
+AWAITED = {1: ("evaluate_student", *EVALUATIONS), 3: ("recover_images",)}
+"""Kill → the rule whose checkpoint it waits for, of those that cannot all be done by then, and targets."""
 
 
 def test_ten_kills_and_ctrl_c_change_no_byte_on_one_core_or_two(smoke, tmp_path):
@@ -69,28 +93,34 @@ def test_ten_kills_and_ctrl_c_change_no_byte_on_one_core_or_two(smoke, tmp_path)
         wanted, share = before + generator.randint(0, 4), generator.random()
         by = signal.SIGKILL if kill < 10 else signal.SIGINT
         if kill % 2:
-            stop_run(tmp_path, 2, lambda start=start: saved_since(tmp_path, start), 0.02 * share, by)
+            rule, *targets = AWAITED.get(kill, ("",))
+            saved = functools.partial(saved_since, tmp_path, start, rule)
+            stop_run(tmp_path, 2, saved, 0.02 * share, by, *targets)
         else:
             stop_run(tmp_path, 1, lambda wanted=wanted: finished_jobs(tmp_path) >= wanted, 3 * share, by)
         print(f"kill {kill}, {time.time() - start:.2f} s: {finished_jobs(tmp_path) - before} jobs had ended")
         if by == signal.SIGKILL:
             unlocked = run_snakemake(tmp_path, "--unlock")
             assert unlocked.returncode == 0, unlocked.stderr
-        resumed |= resumed_jobs(tmp_path)
+        resumed |= resumed_rules(tmp_path)
     done = run_snakemake(tmp_path, "--cores", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    resumed |= resumed_jobs(tmp_path)
+    resumed |= resumed_rules(tmp_path)
     print("went on from a checkpoint:", *sorted(resumed))
-    assert resumed
+    assert resumed >= {rule for rule, *_ in AWAITED.values()}
     assert fingerprint(tmp_path) == fingerprint(smoke)
     left = [p for p in (tmp_path / "results").rglob("*") if p.name.endswith(".tmp")]
     assert not left, left
 
 
-def resumed_jobs(directory: Path) -> set[str]:
-    """Logs of jobs that went on from a checkpoint."""
-    logs = (directory / "results/smoke/logs").rglob("*.log")
-    return {log.parent.name + "/" + log.stem for log in logs if "resuming after step" in log.read_text()}
+def resumed_rules(directory: Path) -> set[str]:
+    """Rules with a job that went on from a checkpoint, by the logs."""
+    logs = directory / "results/smoke/logs"
+    return {
+        log.relative_to(logs).parts[0]
+        for log in logs.rglob("*.log")
+        if "resuming after step" in log.read_text()
+    }
 
 
 # ---- disks and permissions ---------------------------------------------------------------------

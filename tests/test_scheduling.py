@@ -1,7 +1,8 @@
-"""What is repaired of Snakemake: looks at the ready jobs, and Ctrl-C while jobs are asked after."""
+"""What is repaired of Snakemake: looks at the ready jobs, Ctrl-C while jobs are asked after, failed jobs."""
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -50,6 +51,54 @@ def test_looks_grow_with_the_jobs_and_not_with_their_square(tmp_path):
     repaired, plain = looks_of(tmp_path / "repaired", True), looks_of(tmp_path / "plain", False)
     assert repaired <= 24 + 10  # one for each job that ends, one for each second
     assert plain > 2 * repaired  # when this fails, Snakemake needs no repair any more
+
+
+FAILING = """
+import sys
+sys.path.insert(0, {root!r})
+if {repaired}:
+    from rules.scheduling import repair_scheduler
+    repair_scheduler()
+rule all:
+    input: "last"
+rule first:
+    input: "source"
+    output: "first"
+    shell: "cp {{input}} {{output}}; test ! -e broken"
+rule last:
+    input: "first"
+    output: "last"
+    shell: "cp {{input}} {{output}}"
+"""
+
+
+def plans_after_a_failure(directory: Path, repaired: bool) -> bool:
+    """Whether a run plans what an input has outdated, when the run that first saw the input has failed."""
+    directory.mkdir()
+    (directory / "Snakefile").write_text(FAILING.format(root=str(ROOT), repaired=repaired))
+    source, broken = directory / "source", directory / "broken"
+    source.write_text("one")
+    os.utime(source, (10**9, 10**9))
+
+    def run(*options: str):
+        return run_snakemake(directory, *options, root=directory, preset="")
+
+    assert run("--cores", "1").returncode == 0
+    source.write_text("two")
+    os.utime(source, (time.time() + 2, time.time() + 2))  # newer than `last`, whose time is coarse
+    broken.touch()
+    assert run("--cores", "1").returncode == 1
+    assert not (directory / "first").exists()
+    broken.unlink()
+    done = run("--dry-run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return "rule last" in done.stdout + done.stderr
+
+
+def test_what_a_failed_job_should_have_renewed_is_planned_again(tmp_path):
+    assert plans_after_a_failure(tmp_path / "repaired", True)
+    # When this fails, Snakemake needs no repair any more.
+    assert not plans_after_a_failure(tmp_path / "plain", False)
 
 
 def test_a_timer_is_set_only_where_none_is_due():

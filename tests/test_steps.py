@@ -5,26 +5,35 @@ import pytest
 import torch
 
 from wmdd_core.artifacts import make_header, read_arrays, read_json, read_tensors, write_tensors
+from wmdd_core.augmentation import normalise
 from wmdd_core.barycenter import wasserstein_barycenter
 from wmdd_core.errors import UserError
 from wmdd_core.models import freeze
+from wmdd_core.progress import Progress
+from wmdd_core.recovery import Recovered
 from wmdd_core.relabeling import soft_label_loss
 from wmdd_core.seeding import numpy_generator
+from wmdd_core.training import Curve
 from workflow_scripts import (
     compute_barycenter,
     decode_images,
     describe_dataset,
+    distil_baseline,
     evaluate_all_real,
     evaluate_student,
     extract_features,
     gather_images,
     import_images,
     pretrain_teacher,
+    real_images,
+    recover_images,
+    select_images,
 )
 from workflow_scripts.distilled_sets import embed_images
 from workflow_scripts.job import Job
-from workflow_scripts.real_images import load_teacher
+from workflow_scripts.real_images import load_teacher, normalisation, open_images
 from workflow_scripts.recover_images import build_shard
+from workflow_scripts.select_images import draw_random, nearest_rows
 
 CPU, IPC = torch.device("cpu"), 12
 OUTPUT = {
@@ -113,6 +122,135 @@ def test_a_shard_pairs_atoms_weights_and_statistics(road, labels, numbers, layou
     assert len(drawn) == 10 and all((own == row.numpy()).all(1).any() for row in drawn)
 
 
+def rows_of(image, images):
+    """The rows of `images` that hold just this one."""
+    return (images == image).flatten(1).all(1).nonzero().flatten().tolist()
+
+
+def training_images(road):
+    return torch.from_numpy(np.load(road.files["train"]))
+
+
+@pytest.mark.parametrize("ipc", [1, 3])
+def test_kmeans_selects_different_images_of_each_class_near_its_centres(road, labels, tmp_path, ipc):
+    output = {"shard": str(tmp_path / "shard.safetensors")}
+    settings, place = {"selection": "kmeans", "seed": 0}, {"method": "kmeans_real", "shard": "0"}
+    road.make(select_images, settings, output, ipc=str(ipc), **place)
+    tensors, _ = read_tensors(output["shard"])
+    features = np.load(road.files["features"]).astype(np.float64)
+    for c in range(10):
+        own, chosen = training_images(road)[labels == c], tensors["images"][tensors["labels"] == c]
+        found = [rows_of(image, own)[0] for image in chosen]
+        assert len(set(found)) == len(found) == ipc
+        if ipc == 1:  # whose one centre is the mean
+            points = features[labels == c]
+            assert found == [np.linalg.norm(points - points.mean(0), axis=1).argmin()]
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_of_equal_images_each_is_selected_once():
+    chosen = nearest_rows(np.array([[0.0], [0.0], [0.0], [5.0]]), 3, 0)
+    assert len(set(chosen.tolist())) == 3
+
+
+def test_a_start_from_real_images_takes_different_ones_of_each_class(road, labels):
+    description = read_json(road.files["description"])
+    store = open_images(road.job("recover_images", {}, {}), description, "train")
+    own, index = torch.tensor([4, 2, 4, 2]), torch.tensor([0, 0, 1, 1])
+    moments = normalisation(description)
+    drawn = draw_random(store, own, index, 0, "digits", *moments)
+    images = normalise(training_images(road), *moments)
+    found = [rows_of(image, images) for image in drawn]
+    assert labels[[rows[0] for rows in found]].tolist() == own.tolist()
+    assert len({rows[0] for rows in found}) == 4
+
+
+@pytest.mark.parametrize("kind", ["dm", "dc"])
+def test_baselines_compare_a_class_with_its_own_images(road, labels, monkeypatch, kind):
+    given = {}
+
+    def loop(real, initial, own, *_):
+        given.update(real=real, initial=initial, labels=own)
+        return initial, torch.zeros(1, 10)
+
+    monkeypatch.setattr(distil_baseline, f"distil_{kind}", loop)
+    description = read_json(road.files["description"])
+    store = open_images(road.job("distil_baseline", {}, {}), description, "train")
+    made = distil_baseline.distil(kind, {}, description, store, 2, {}, (0, "digits"), CPU, None)
+    images = normalise(training_images(road), *normalisation(description))
+    found = [rows_of(image, images)[0] for image in given["real"](3, 5, torch.Generator().manual_seed(0))]
+    assert set(labels[found]) == {3} and len(set(found)) == 5
+    assert made["labels"].tolist() == given["labels"].tolist() == np.repeat(np.arange(10), 2).tolist()
+    if kind == "dm":  # starts from real images
+        starts = [rows_of(image, images)[0] for image in given["initial"]]
+        assert labels[starts].tolist() == made["labels"].tolist()
+
+
+def test_recovery_is_given_batches_start_precision_and_progress(road, labels, tmp_path, monkeypatch):
+    given = {}
+
+    def recover(model, shard, settings, **named):
+        given.update(named, shard=shard)
+        return Recovered(named["initial"], {"bn_loss": torch.zeros(1, 1)})
+
+    monkeypatch.setattr(recover_images, "recover_images", recover)
+    needed = ("description", "train", "teacher", "statistics")
+    monkeypatch.setattr(road, "files", {name: road.files[name] for name in needed})
+    settings = {
+        **{"feature_term": "cross_entropy", "bn_term": "global", "loss_form": "released", "lambda_bn": 1},
+        **{"iterations": 1, "learning_rate": 0.1, "crop_scale_min": 1, "roll": 0, "flip": False, "seed": 0},
+        **{"start": "real", "precision": "bfloat16"},
+        "sharding": {"classes": 10, "batch_size": 20, "batch_layout": "one_per_class"},
+    }
+    output = {"shard": str(tmp_path / "shard.safetensors")}
+    road.make(recover_images, settings, output, method="sre2l", ipc=str(IPC), shard="3")
+    assert given["shard"].index.tolist() == [6, 7] * 10  # two batches of one image a class
+    assert given["shard"].batch.tolist() == [0, 1] * 10
+    assert isinstance(given["precision"], torch.autocast) and isinstance(given["progress"], Progress)
+    images = normalise(training_images(road), *normalisation(read_json(road.files["description"])))
+    found = [rows_of(image, images)[0] for image in given["initial"]]
+    assert labels[found].tolist() == np.repeat(np.arange(10), 2).tolist() and len(set(found)) == 20
+    assert torch.equal(read_tensors(output["shard"])[0]["images"], given["initial"])
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("module", [pretrain_teacher, evaluate_all_real])
+def test_training_on_real_images_is_given_flips_crops_precision_and_progress(
+    road, tmp_path, monkeypatch, module, flip
+):
+    given = {}
+
+    def fit(*_, **named):
+        given.update(named)
+        return Curve([0], [0.5], [None])
+
+    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(real_images, "real_batches", lambda *_, **named: given.update(named))
+    network = {"architecture": "convnet", "width": 4, "depth": 2}
+    recipe = {"epochs": 1, "optimizer": "sgd", "learning_rate": 0.1, "batch_size": 50, "crop_scale_min": 0.25}
+    common = {"flip": flip, "seed": 0, "precision": "bfloat16"}
+    if module is pretrain_teacher:
+        settings, place = {**network, **recipe, **common}, {"teacher": "t"}
+        output = {n.split(".")[0]: str(tmp_path / n) for n in OUTPUT[module]}
+    else:
+        settings = {"recipe": recipe, "student": network, **common}
+        place = {"method": "all_real", "student": "s", "seed": "0"}
+        output = {"evaluation": str(tmp_path / "evaluation.json")}
+    road.make(module, settings, output, **place)
+    assert (given["flip"], given["crop_scale_min"]) == (flip, 0.25)
+    assert isinstance(given["precision"], torch.autocast) and isinstance(given["progress"], Progress)
+    if module is pretrain_teacher:
+        top1 = read_json(output["metrics"])["top1"]
+        with open(output["curve"]) as file:
+            assert file.read() == f"epoch,train_loss,top1\n0,0.500000,{top1:.4f}\n"
+
+
+def test_losses_are_summed_over_shards_and_classes_and_counted_from_one(tmp_path):
+    shards = [{"bn_loss": np.ones((12, 2))}, {"bn_loss": np.full((12, 3), 2.0)}]
+    gather_images.write_losses(str(tmp_path / "losses.csv"), shards)
+    assert (tmp_path / "losses.csv").read_text() == "iteration,bn_loss\n1,8\n11,8\n12,8\n"
+
+
 @pytest.fixture
 def gathered(road, tmp_path):
     """Twelve images of each class in two shards, each pixel a number of its image's own, weights unlike."""
@@ -170,7 +308,7 @@ def test_students_differ_by_seed_weigh_images_and_are_tested_on_the_test_set(
     road.files["images"] = gathered["images"]
     seen = []
     fit = evaluate_student.fit
-    monkeypatch.setattr(evaluate_student, "fit", lambda *a, **k: (seen.append(a), fit(*a, **k))[1])
+    monkeypatch.setattr(evaluate_student, "fit", lambda *a, **k: (seen.append((*a, k)), fit(*a, **k))[1])
 
     def evaluate(seed, **more):
         output = {"evaluation": str(tmp_path / "evaluation.json")}
@@ -186,6 +324,10 @@ def test_students_differ_by_seed_weigh_images_and_are_tested_on_the_test_set(
     weights = torch.cat([batch[-1] for batch in seen[0][2](0)])
     torch.testing.assert_close(weights.sort().values[-10:], torch.full((10,), 12 * 12 / 78))
     assert seen[0][1].decay_matrices_only
+    settings["precision"] = "bfloat16"
+    evaluate("0")
+    assert [isinstance(call[-1]["precision"], torch.autocast) for call in seen] == [False] * 3 + [True]
+    assert all(isinstance(call[-1]["progress"], Progress) for call in seen)
     del road.files["teacher"]
     assert evaluate("0", labels="hard")["labels"] == "hard"
 

@@ -23,6 +23,7 @@ from workflow_scripts import (
     compute_barycenter,
     decode_images,
     describe_dataset,
+    distil_baseline,
     extract_features,
     measure_efficiency,
     pretrain_teacher,
@@ -31,6 +32,7 @@ from workflow_scripts import (
 from workflow_scripts.job import Job
 from workflow_scripts.measure_efficiency import Measured, alone, build_row, build_shown, preparation_seconds
 from workflow_scripts.plain_tables import as_latex, as_markdown
+from workflow_scripts.real_images import load_teacher
 
 
 def rows_of(path: Path | str) -> list[dict[str, str]]:
@@ -170,6 +172,7 @@ def efficiency_job(tmp_path_factory) -> Job:
         "dataset": "digits",
         "dataset_title": "Digits",
         "methods": {"dc": DC, "dm": DM, "sre2l": SRE2L, "wmdd": RECOVER},
+        "order": ["dc", "dm", "wmdd", "sre2l"],
         "labels": {"dc": "DC", "dm": "DM", "sre2l": "SRe²L", "wmdd": "WMDD"},
         "barycenter": {"weights": "learned"},
         "iterations": 3,
@@ -192,16 +195,63 @@ def test_the_table_of_the_whole_harness(efficiency_job, monkeypatch):
     monkeypatch.setattr(measure_efficiency, "alone", lambda name, call, *arguments: call(*arguments))
     measure_efficiency.main(efficiency_job)
     rows = rows_of(efficiency_job.output["csv"])
-    assert [r["method"] for r in rows] == ["DC", "DM", "SRe²L", "WMDD"]
+    assert [r["method"] for r in rows] == ["DC", "DM", "WMDD", "SRe²L"]
     for row in rows:
         mean, before = float(row["seconds_per_iteration_mean"]), float(row["preparation_seconds"])
         assert float(row["total_seconds"]) == pytest.approx(before + 200 * mean, abs=0.02)
         assert row["iterations_timed"] == "3" and row["machine"]
-    assert [float(r["preparation_seconds"]) > 0 for r in rows] == [False, False, False, True]
-    assert rows[3]["published_seconds_mean"] == "0.013" and rows[0]["published_total_seconds"] == "6348.17"
+    assert [float(r["preparation_seconds"]) > 0 for r in rows] == [False, False, True, False]
+    assert rows[2]["published_seconds_mean"] == "0.013" and rows[0]["published_total_seconds"] == "6348.17"
     text = Path(efficiency_job.output["md"]).read_text(encoding="utf-8")
     assert "(0.013 ± 0.001)" in text and "(11.90)" in text and rows[0]["machine"] in text
     assert "resident memory of the process" in text and "200 iterations" in text
+
+
+def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in network.state_dict().items()}
+
+
+@pytest.mark.parametrize(("method", "loops"), [("dc", (1, 1)), ("dm", (None, None))])
+def test_a_baseline_is_timed_on_one_image_per_class_with_its_loops_and_the_teachers_network(
+    efficiency_job, monkeypatch, method, loops
+):
+    called = []
+
+    def record(real, initial, labels, build_network, settings, names, progress):
+        called.append((labels.tolist(), build_network(0), settings))
+        return initial, torch.zeros(1)
+
+    monkeypatch.setattr(distil_baseline, f"distil_{method}", record)
+    measure_efficiency.measure_method(efficiency_job, method)
+    ((labels, network, settings),) = called
+    assert labels == list(range(10))
+    assert (settings.get("outer_loops"), settings.get("inner_steps")) == loops
+    teacher, _ = load_teacher(efficiency_job.input["teacher"], torch.device("cpu"))
+    assert shapes(network) == shapes(teacher)
+
+
+@pytest.mark.parametrize("method", ["sre2l", "wmdd"])
+def test_recovery_is_timed_on_one_image_per_class_with_the_teacher(efficiency_job, monkeypatch, method):
+    called = []
+    monkeypatch.setattr(measure_efficiency, "recover_images", lambda *given, **_: called.append(given))
+    measure_efficiency.measure_method(efficiency_job, method)
+    ((network, shard, _),) = called
+    assert shard.classes[shard.group].tolist() == list(range(10))
+    assert shard.index.tolist() == [0] * 10
+    teacher, _ = load_teacher(efficiency_job.input["teacher"], torch.device("cpu"))
+    trained = teacher.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in network.state_dict().items())
+
+
+def test_the_preparation_takes_one_atom_of_all_images_of_each_class(efficiency_job, monkeypatch):
+    called = []
+
+    def record(points, size, **_):
+        called.append((len(points), size))
+
+    monkeypatch.setattr(measure_efficiency, "wasserstein_barycenter", record)
+    measure_efficiency.measure_preparation(efficiency_job)
+    assert called == [(count, 1) for count in efficiency_job.description()["train"]["per_class"]]
 
 
 def test_what_precedes_the_first_iteration():

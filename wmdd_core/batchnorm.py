@@ -149,8 +149,8 @@ class LayerStatistics:
 class StatisticsAccumulator:
     """Exact per-class statistics from batches of any size and order, in float64.
 
-    Sums over images of m_j and of v_j + m_j² add up, so accumulators of parts of the data
-    merge without loss; averaging variances over batches would drop the variance between them.
+    Sums over images of m_j and of v_j + m_j² add up without loss; averaging variances over batches
+    would drop the variance between them.
     """
 
     def __init__(self, classes: int) -> None:
@@ -172,12 +172,6 @@ class StatisticsAccumulator:
             if name not in self.sums:
                 self.sums[name] = torch.zeros(len(self.counts), *batch.shape[1:], dtype=torch.float64)
             self.sums[name].index_add_(0, labels, batch)
-
-    def merge(self, other: StatisticsAccumulator) -> None:
-        """Add what `other` has seen."""
-        self.counts += other.counts
-        for name, sums in other.sums.items():
-            self.sums[name] = self.sums[name] + sums if name in self.sums else sums.clone()
 
     def state(self) -> dict:
         """Tensors to resume from; see `restore`."""

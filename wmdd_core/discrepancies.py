@@ -90,7 +90,7 @@ def mmd_rbf(
 
 
 @_in_full_precision
-def mean_squared_distance(x: Tensor, y: Tensor) -> Tensor:
+def rbf_bandwidth(x: Tensor, y: Tensor) -> Tensor:
     """The default bandwidth of `mmd_rbf`, a scalar in squared feature units without a gradient."""
     return _mean_off_diagonal(_squared_distances(torch.cat([x, y]).detach()))
 

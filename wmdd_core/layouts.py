@@ -351,8 +351,9 @@ def class_titles(layout: FolderLayout, source: str) -> tuple[str, ...]:
 
 def compare_names(found: Sequence[str], expected: Sequence[str]) -> str:
     """Says which of the `expected` names are missing and which of the `found` are surplus; "" if none."""
-    missing = [name for name in expected if name not in set(found)]
-    surplus = [name for name in found if name not in set(expected)]
+    there, wanted = set(found), set(expected)
+    missing = [name for name in expected if name not in there]
+    surplus = [name for name in found if name not in wanted]
     parts = [f"missing: {some(missing)}"] * bool(missing) + [f"surplus: {some(surplus)}"] * bool(surplus)
     composed = {normalize("NFC", name) for name in surplus}
     alike = [name for name in missing if normalize("NFC", name) in composed]

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from wmdd_core.augmentation import Views, apply_views, draw_views
 from wmdd_core.batchnorm import LayerStatistics, Moments, group_moments, record_input_moments
-from wmdd_core.discrepancies import mean_squared_distance, mmd_linear, mmd_rbf, sliced_wasserstein
+from wmdd_core.discrepancies import mmd_linear, mmd_rbf, rbf_bandwidth, sliced_wasserstein
 from wmdd_core.errors import UserError
 from wmdd_core.graphs import replayed
 from wmdd_core.memory import small_blocks_apart
@@ -150,6 +150,8 @@ def recover_images(
 ) -> Recovered:
     """Optimise the images of `shard` against a frozen teacher with Adam.
 
+    `model` is the teacher, frozen, on `device`; `resolution` is R in pixels; `mean` and `std` (3,) are in
+    0..1 units; `precision` is the context of forward passes, float32 if None.
     Images start from N(0, 1) in normalised space, or from `initial` (M, 3, R, R) normalised. Noise
     and views are drawn from `seed_names` with class, image and step, so a class's images do
     not depend on which classes share its shard (with `bn_term` per_class and loss_form paper).
@@ -356,7 +358,7 @@ class Objective:
                 return count * mmd_linear(own, real)
             case "mmd_rbf":
                 # Without unit, it would lie below the BatchNorm term by the square of the features' scale.
-                bandwidth = mean_squared_distance(own, real)
+                bandwidth = rbf_bandwidth(own, real)
                 return count * bandwidth * mmd_rbf(own, real, bandwidth=bandwidth)
             case "sliced_wasserstein":
                 # One direction sees 1/D of a squared distance; D makes the scale that of the others.

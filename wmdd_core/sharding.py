@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-BATCH_LAYOUTS = ("whole_classes", "one_per_class")
-"""All images of floor(batch_size / ipc) classes (WMDD), or one image of batch_size classes each (SRe2L)."""
-
 
 def shard_total(classes: int, ipc: int, batch_size: int, layout: str) -> int:
-    """Number of shards of a set of `ipc` images in each of `classes` classes."""
+    """Number of shards of a set of `ipc` images in each of `classes` classes.
+
+    `layout`: whole_classes, all images of floor(batch_size / ipc) classes (WMDD), or one_per_class, batches
+    of one image of each of batch_size classes (SRe2L).
+    """
     size, numbers = _extent(classes, ipc, batch_size, layout)
     return math.ceil(ipc / numbers) * math.ceil(classes / size)
 

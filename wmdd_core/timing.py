@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import resource
 import sys
 import time
@@ -12,6 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from wmdd_core.machine import memory_and_system, processor_name
 
 Result = TypeVar("Result")
 
@@ -84,15 +84,7 @@ def peak_resident_bytes() -> int:
 
 def describe_machine(device: torch.device) -> str:
     """What computes, in words: the GPU if there is one, the processor, its threads, the memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     parts = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
     threads = torch.get_num_threads()
-    parts += [processor_name(), f"{threads} thread{'s' * (threads > 1)}", f"{memory:.0f} GiB memory"]
-    return ", ".join([*parts, f"{platform.system()} {platform.release()}"])
-
-
-def processor_name() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    names = [v for v in info.read_text().splitlines() if v.startswith("model name")] if info.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.machine()
+    parts += [processor_name(), f"{threads} thread{'s' * (threads > 1)}", memory_and_system()]
+    return ", ".join(parts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import platform
 import shlex
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ import jinja2
 
 from wmdd_core.artifacts import read_json, write_text
 from wmdd_core.errors import UserError
+from wmdd_core.machine import memory_and_system, processor_name
 from workflow_scripts.job import Job, listed, run
 from workflow_scripts.plain_tables import MISSING, Row, from_markdown, numeric_columns, read_rows
 from workflow_scripts.tabulate_accuracy import COLUMNS, describe, fold, measured, pivot
@@ -178,15 +178,8 @@ def numbered(items: Iterable[dict]) -> list[dict]:
 
 def hardware() -> str:
     """The machine that builds the page, in words."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{processor()}, {cores} cores, {memory:.0f} GiB memory, {platform.system()} {platform.release()}"
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [v for v in info.read_text().splitlines() if v.startswith("model name")] if info.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.machine()
+    return f"{processor_name()}, {cores} cores, {memory_and_system()}"
 
 
 def main(job: Job) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
 from wmdd_core.artifacts import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FALLBACKS = (
     *(f"Noto Sans CJK {region}" for region in ("SC", "TC", "JP", "KR")),
@@ -119,6 +123,14 @@ def line_styles(methods: Iterable[str]) -> dict[str, dict]:
             "linestyle": DASHES[number % len(DASHES)],
         }
     return styles
+
+
+def in_order(table: pd.DataFrame, **orders: Sequence) -> pd.DataFrame:
+    """The rows in the given order of each column's values, the first column before the others."""
+    for column, order in reversed(orders.items()):
+        places = {value: place for place, value in enumerate(order)}
+        table = table.sort_values(column, key=lambda values, p=places: values.map(p), kind="stable")
+    return table
 
 
 def class_titles(description: Mapping, classes: Iterable[int]) -> list[str]:

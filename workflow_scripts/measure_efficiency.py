@@ -260,7 +260,7 @@ def describe(
 
 
 def main(job: Job) -> None:
-    methods = job.settings["methods"]
+    methods = {name: job.settings["methods"][name] for name in job.settings["order"]}
     published = {row["method"]: row for row in read_rows(PUBLISHED)}
     description = job.description()
     _, teacher_header = load_teacher(job.input["teacher"], torch.device("cpu"))

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from wmdd_core.terms import MEAN
-from workflow_scripts.drawing import line_styles, new_figure, save
+from workflow_scripts.drawing import in_order, line_styles, new_figure, save
 from workflow_scripts.job import Job, run
 from workflow_scripts.plot_accuracy import names_of
 
@@ -85,7 +85,8 @@ def plain_log(axes: Axes) -> None:
 
 
 def main(job: Job) -> None:
-    save(draw(pd.read_csv(job.input["csv"]), job.settings["labels"]), job.output)
+    table = in_order(pd.read_csv(job.input["csv"]), method=job.settings["methods"], ipc=job.settings["ipc"])
+    save(draw(table, job.settings["labels"]), job.output)
 
 
 if __name__ == "__main__":

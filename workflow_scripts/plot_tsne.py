@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from workflow_scripts.drawing import class_titles, new_figure, save
+from workflow_scripts.drawing import class_titles, in_order, new_figure, save
 from workflow_scripts.job import Job, run
 from workflow_scripts.plot_accuracy import names_of
 
@@ -74,7 +74,7 @@ def draw_map(axes: Axes, points: pd.DataFrame, colours: Mapping[int, str]) -> No
 
 
 def main(job: Job) -> None:
-    points = pd.read_csv(job.input["points"])
+    points = in_order(pd.read_csv(job.input["points"]), method=job.settings["methods"])
     titles = class_titles(job.description(), sorted(points["class"].unique()))
     save(draw(points, job.settings["labels"], titles), job.output)
 
