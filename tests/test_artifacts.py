@@ -1,7 +1,9 @@
 """Files that appear whole, explain themselves, hold no pickles and are equal for equal content."""
 
+import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -35,6 +37,18 @@ def header_of(rule: str, settings: dict, inputs=(), code="c0de", **wildcards) ->
 
 
 # ---- appearing whole ---------------------------------------------------------------------------
+
+
+def test_a_disk_that_takes_no_more_is_told_with_the_files_name(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError) as told:
+            write_tensors(tmp_path / "a.safetensors", {"a": np.zeros(100_000)}, HEADER)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert told.value.errno == errno.EFBIG and told.value.filename == str(tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_is_replaced_at_the_end_and_not_before(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -19,11 +20,12 @@ import pytest
 import torch
 from conftest import ROOT, run_snakemake
 
+from wmdd_core import artifacts
 from wmdd_core.artifacts import write_json, write_tensors
 from wmdd_core.device import precision
 from wmdd_core.errors import UserError
 from workflow_scripts import job as jobs
-from workflow_scripts import recover_images
+from workflow_scripts import pretrain_teacher, recover_images
 from workflow_scripts.job import Job
 
 
@@ -254,6 +256,14 @@ def test_a_state_is_of_the_input_files_that_it_was_made_from(tmp_path):
     assert job.progress([]).stamp != stamp
 
 
+def test_a_state_is_not_taken_up_by_another_pytorch(tmp_path, monkeypatch):
+    job, installed = make_job(tmp_path), artifacts.version
+    stamp = job.progress([]).stamp
+    other = {"torch": "0.1"}
+    monkeypatch.setattr(artifacts, "version", lambda package: other.get(package) or installed(package))
+    assert job.progress([]).stamp != stamp
+
+
 def test_a_loop_within_a_job_has_a_state_of_its_own_that_names_the_device(tmp_path):
     job = replace(make_job(tmp_path), device_name="cpu")
     before = job.progress([], method="wmdd")
@@ -276,7 +286,11 @@ def test_a_job_that_computes_names_its_device(tmp_path):
 def test_a_job_on_a_gpu_asks_for_the_same_bits_each_time(tmp_path, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back also where it was not set
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     assert replace(make_job(tmp_path), device_name="cpu").device == torch.device("cpu")
     assert not torch.are_deterministic_algorithms_enabled()
     switches = {
@@ -287,8 +301,12 @@ def test_a_job_on_a_gpu_asks_for_the_same_bits_each_time(tmp_path, monkeypatch):
         for name in ("cuda:1", "cuda:0", "cuda"):
             chosen.append(replace(make_job(tmp_path), device_name=name).device)
         assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
         assert not torch.backends.cuda.flash_sdp_enabled()  # it would only warn of its atomic additions
         assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
         for name, before in switches.items():
@@ -299,8 +317,78 @@ def test_a_job_on_a_gpu_asks_for_the_same_bits_each_time(tmp_path, monkeypatch):
 
 def test_a_gpu_that_is_not_there_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     with pytest.raises(UserError, match="device: cuda:2 is not there, PyTorch sees 2 GPUs"):
         _ = replace(make_job(tmp_path), device_name="cuda:2").device
+
+
+def test_a_driver_that_is_too_old_is_told_in_one_line_and_a_cpu_needs_none(tmp_path, monkeypatch):
+    def refuse() -> None:
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver"
+            " by downloading and installing a new version from the URL: http://www.nvidia.com/Download"
+        )
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    told = "the GPU cannot be used (The NVIDIA driver on your system is too old (found version 12020));"
+    for name in ("auto", "cuda:0"):
+        with pytest.raises(UserError, match=re.escape(told)):
+            _ = replace(make_job(tmp_path), device_name=name).device
+    assert replace(make_job(tmp_path), device_name="cpu").device == torch.device("cpu")
+
+
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB."
+FULL_TOLD = "the GPU's memory is full (CUDA out of memory); lower a batch_size, or free the GPU"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError(FULL), "CUDA out of memory"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "CUDA error: out of memory"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        ),
+    ],
+)
+def test_a_full_gpu_is_told_in_one_line_and_a_fault_of_ours_with_its_traceback(
+    tmp_path, monkeypatch, error, told
+):
+    described = {"wildcards": {}, "input": {}, "output": {}, "device": "cpu", "checkpoints": str(tmp_path)}
+    monkeypatch.setattr(sys, "argv", ["rule", "c0de"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # `run` would set it for good
+
+    def run(error: Exception) -> None:
+        def main(_job: Job) -> None:
+            raise error
+
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{json.dumps(described)}\n{{}}\n"))
+        jobs.run(main)
+
+    with pytest.raises(SystemExit) as ended:
+        run(error)
+    assert ended.value.code.startswith(f"error: the GPU's memory is full ({told}); lower a batch_size")
+    with pytest.raises(RuntimeError, match="misaligned"):
+        run(RuntimeError("CUDA error: misaligned address"))
+
+
+def test_a_full_gpu_among_several_is_told_in_one_line(tmp_path, monkeypatch):
+    """By the launcher's own record of how a process failed."""
+    from torch.distributed.elastic.multiprocessing import errors
+
+    record = str(tmp_path / "error.json")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", record)
+
+    def fail(_job: Job) -> None:
+        errors.get_error_handler().record_exception(torch.OutOfMemoryError(FULL))
+        raise errors.ChildFailedError("train_part", {0: errors.ProcessFailure(0, 1, 1, record)})
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: fail)
+    with pytest.raises(UserError) as told:
+        pretrain_teacher.launch(make_job(tmp_path), 2)
+    assert str(told.value) == FULL_TOLD
 
 
 @pytest.mark.parametrize("supported", [True, False])

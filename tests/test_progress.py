@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -181,3 +182,16 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_75(tmp_path):
     assert "finished 3" in stopped.stdout and "finished 4" not in stopped.stdout
     assert "told to stop" in stopped.stdout and stopped.stderr == ""
     assert Progress("loop", path, "stamp").resume() == {"next": 4}
+
+
+def test_a_disk_that_takes_no_more_is_told_with_the_checkpoints_name(tmp_path):
+    progress = Progress("job", tmp_path / "job.pt", "stamp", save_every=0)
+    progress.resume()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError) as told:
+            progress.step(0, 10, lambda: {"value": torch.zeros(100_000)}, dict)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert told.value.errno == errno.ENOSPC and told.value.filename == str(tmp_path / "job.pt")

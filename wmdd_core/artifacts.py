@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -150,13 +151,19 @@ def read_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
 
 def write_tensors(path: Path | str, tensors: Mapping, header: Mapping) -> None:
     """Write named PyTorch tensors or NumPy arrays as safetensors; the header is the metadata's one entry."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     arrays = {n: t.detach().cpu().numpy() if hasattr(t, "detach") else t for n, t in tensors.items()}
+    arrays = {n: np.asarray(a, order="C") for n, a in arrays.items()}
     with replacing(path) as temporary:
-        save_file(
-            {n: np.asarray(a, order="C") for n, a in arrays.items()}, temporary, {"header": canonical(header)}
-        )
+        try:
+            save_file(arrays, temporary, {"header": canonical(header)})
+        except SafetensorError as error:
+            told = re.search(r"os error (\d+)", str(error))
+            if not told:
+                raise
+            raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from error
 
 
 def read_tensors(path: Path | str, framework: str = "pt") -> tuple[dict, dict]:

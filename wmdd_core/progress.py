@@ -153,7 +153,14 @@ class Progress:
         if self.filled is not None:  # a checkpoint must not say more than the disk holds
             self.filled.flush()
         with replacing(self.checkpoint) as temporary:
-            torch.save({"stamp": self.stamp, "index": index, "state": state}, temporary)
+            try:
+                torch.save({"stamp": self.stamp, "index": index, "state": state}, temporary)
+            except RuntimeError as error:  # closing the file fails as well, and hides what failed first
+                said = f"{error} {error.__context__}"
+                if "PytorchStreamWriter" not in said and "unexpected pos" not in said:
+                    raise
+                told = "writing failed, as on a full disk"  # PyTorch does not say of what kind the error was
+                raise OSError(errno.ENOSPC, told, str(self.checkpoint)) from error
 
     def _say(self, text: str) -> None:
         print(f"{self.label}: {text}", flush=True)

@@ -62,7 +62,8 @@ def label_views(
 ) -> None:
     """Fill `labels` (epochs, M, classes) float16 with the teacher's logits on each epoch's views.
 
-    `images` are uint8 (M, 3, R, R) on the teacher's device; `labels` may be a memory map.
+    `images` are uint8 (M, 3, R, R) on the teacher's device; `mean` and `std` (3,) are in 0..1 units; `labels`
+    may be a memory map; `precision` is the context of forward passes, float32 if None.
     `teacher_mode`: "eval" normalises with the running statistics; "batch" with those of each batch,
     as SRe2L's CIFAR relabelling does, and then the labels depend on `batch_size`. Such batches are drawn
     anew in each epoch: `images` may be sorted by class, and a class or two have other statistics than all.
@@ -93,8 +94,8 @@ def label_views(
             labels[epoch, chosen.cpu().numpy()] = label(view(chosen, views)).cpu().numpy()
         if not np.isfinite(labels[epoch]).all():
             raise UserError(
-                "the teacher's logits are above 65,504, the most that float16 holds, or no numbers; train it"
-                " with a lower learning_rate"
+                "the teacher's logits are not finite, or above 65,504, the most that float16 holds; train it"
+                " with a lower learning_rate, or check the weights that it was loaded from"
             )
         if progress:
             progress.step(epoch, len(labels), lambda: {"epochs": epoch + 1}, dict)  # noqa: B023

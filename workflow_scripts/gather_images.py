@@ -50,12 +50,13 @@ def main(job: Job) -> None:
     labels, side = np.repeat(np.arange(len(classes)), ipc), description["resolution"]
     images, weights = np.empty((len(labels), 3, side, side), np.uint8), np.zeros(len(labels))
     places, losses, headers = [], [], []
+    remedy = f"delete {Path(listed(job.input['shards'])[0]).parent} and run snakemake again"
     # One shard at a time: a set of ImageNet-1K is 60 GB in float32.
     for path in listed(job.input["shards"]):
         shard, header = read_tensors(path, "np")
         place, pixels = shard["labels"] * ipc + shard["index"], shard.pop("images")
         if not np.isfinite(pixels).all():
-            raise UserError(f"the shards of {method} hold pixels that are not finite; delete them")
+            raise UserError(f"the shards of {method} hold pixels that are not finite; {remedy}")
         if pixels.dtype != np.uint8:
             pixels = quantise(pixels, description["mean"], description["std"])
         known = place < len(labels)  # others are told below
@@ -64,7 +65,7 @@ def main(job: Job) -> None:
         losses.append({name: values for name, values in shard.items() if name in LOSSES})
         headers.append(header)
     if not np.array_equal(np.sort(np.concatenate(places)), np.arange(len(labels))):
-        raise UserError(f"the shards of {method} do not hold {ipc} images of each class; delete them")
+        raise UserError(f"the shards of {method} do not hold {ipc} images of each class; {remedy}")
     weights /= np.bincount(labels, weights)[labels]
 
     header = job.header(

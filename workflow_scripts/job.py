@@ -14,6 +14,7 @@ import fcntl
 import functools
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -37,10 +38,10 @@ if TYPE_CHECKING:
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What `lockf` says where a file system is mounted without locks."""
 
-OUT_OF_MEMORY = "OutOfMemoryError"
-"""Name of PyTorch's exception for a full GPU. Not every job imports PyTorch."""
+GPU_FULL = re.compile(r"CUDA (error: )?out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED")
+"""What PyTorch and CUDA's libraries say of a full GPU; not all of it is an `OutOfMemoryError`."""
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,12 @@ class Job:
         from wmdd_core.device import compute_reproducibly
 
         gpus = torch.cuda.device_count() if self.device_name != "cpu" else 0
+        if gpus:
+            try:
+                torch.cuda.init()
+            except RuntimeError as error:  # a GPU is counted whether or not its driver is new enough
+                told, remedy = first_sentence(str(error)), "update its driver, or set device: cpu"
+                raise UserError(f"the GPU cannot be used ({told}); {remedy}") from None
         if self.device_name == "auto":
             device = torch.device("cuda", _free_gpu(gpus)) if gpus else torch.device("cpu")
         else:
@@ -196,7 +203,7 @@ def run(main: Callable[[Job], None]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        if type(error).__name__ != OUT_OF_MEMORY:
+        if not GPU_FULL.search(str(error)):
             raise
         sys.exit(f"error: {gpu_is_full(str(error))}")
     except OSError as error:
@@ -210,7 +217,12 @@ def run(main: Callable[[Job], None]) -> None:
 
 def gpu_is_full(told: str) -> str:
     """What PyTorch said of a full GPU, as one line for the user."""
-    return f"the GPU's memory is full ({told.partition('. ')[0]}); lower a batch_size, or free the GPU"
+    return f"the GPU's memory is full ({first_sentence(told)}); lower a batch_size, or free the GPU"
+
+
+def first_sentence(told: str) -> str:
+    """The first line of a message, as far as its first sentence goes."""
+    return re.split(r"\.\s+(?=[A-Z])", told.strip().splitlines()[0])[0]
 
 
 def check_code(rule: str) -> None:

@@ -21,7 +21,7 @@ from wmdd_core.models import Classifier, build_model, load_weights
 from wmdd_core.seeding import derive_seed
 from wmdd_core.sources import UnreadableImage
 from wmdd_core.training import Curve, Schedule, accuracy, fit, hard_label_loss, test_batches
-from workflow_scripts.job import OUT_OF_MEMORY, Job, gpu_is_full, run
+from workflow_scripts.job import GPU_FULL, Job, gpu_is_full, run
 from workflow_scripts.real_images import (
     normalisation,
     open_images,
@@ -116,7 +116,7 @@ def launch(job: Job, processes: int) -> None:
     except ChildFailedError as error:
         told = error.get_first_failure()[1].message  # of an exception a mapping, of a signal text
         name, _, text = told["message"].partition(": ") if isinstance(told, dict) else (told, "", "")
-        if name == OUT_OF_MEMORY:
+        if GPU_FULL.search(text):
             raise UserError(gpu_is_full(text)) from None
         if name not in (UserError.__name__, UnreadableImage.__name__):
             raise
