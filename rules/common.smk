@@ -34,7 +34,33 @@ repair_scheduler()
 gc.set_threshold(1_000_000, 50, 50)
 
 
+def _check_keys(path):
+    """Refuse a file with a key that stands twice in one place: YAML keeps the last without a word."""
+
+    def check(node):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else [(None, n) for n in node.value]
+        seen = set()
+        for key, value in pairs:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise ConfigError(
+                        f"{path}, line {line}: {key.value!r} stands there before; merge the two"
+                    )
+                seen.add(key.value)
+            if isinstance(value, yaml.CollectionNode):
+                check(value)
+
+    with open(path, encoding="utf-8") as file:
+        found = yaml.compose(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    if isinstance(found, yaml.CollectionNode):
+        check(found)
+
+
 def _prepared():
+    for path in workflow.configfiles:
+        if not str(path).endswith(".json"):
+            _check_keys(path)
     with open(workflow.source_path("../schemas/config.schema.yaml")) as file:
         return prepare(config, yaml.safe_load(file))
 

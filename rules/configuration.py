@@ -126,10 +126,20 @@ def check_roots(config: Mapping) -> None:
             )
 
 
+TEXTS = ("title", "label", "caption")
+"""Keys of what people read, which is one line and never a number."""
+
+
 def _numbers(value: object) -> object:
-    """YAML 1.1 reads 1e-3 as text; whoever writes it means a number. Whole numbers are integers: 1.0 is 1."""
+    """YAML 1.1 reads 1e-3 as text; whoever writes it means a number. Whole numbers are integers: 1.0 is 1.
+
+    Texts that people read are put on one line: a block of YAML ends with a line break.
+    """
     if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
+        return {
+            k: " ".join(v.split()) if k in TEXTS and isinstance(v, str) else _numbers(v)
+            for k, v in value.items()
+        }
     if isinstance(value, list):
         return [_numbers(v) for v in value]
     if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):

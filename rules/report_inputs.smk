@@ -385,14 +385,24 @@ def tabulate_hyperparameters_settings(w):
         for method in needed(w, "methods"):
             if method not in merged["methods"]:
                 stop(f"figures.{w.figure}.methods: the preset {preset} has no method {method}; remove it")
+            if merged["methods"][method]["kind"] != "recover":
+                stop(
+                    f"figures.{w.figure}.methods: {method} is not recovered by the loop of Table 6; remove it"
+                )
         own = read_yaml("config.yaml" if preset == "default" else f"presets/{preset}.yaml")
-        for name in own["datasets"]:
-            dataset = resolve(merged["datasets"][name], name, f"{preset}: datasets.{name}")
+        datasets = {
+            name: resolve(merged["datasets"][name], name, f"{preset}: datasets.{name}")
+            for name in own.get("datasets", {})
+        }
+        if not datasets:
+            stop(f"figures.{w.figure}.presets: {preset} defines no dataset; remove it")
+        titles = tell_apart({name: dataset.get("title", name) for name, dataset in datasets.items()})
+        for name, dataset in datasets.items():
             columns.append(
                 {
                     "preset": preset,
                     "dataset": name,
-                    "title": dataset.get("title", name),
+                    "title": titles[name],
                     "resolution": dataset["resolution"],
                     "squeeze": resolve(merged["teachers"][dataset["teacher"]], name, f"{preset}: teachers"),
                     "recover": {

@@ -520,6 +520,13 @@ def test_a_folder_of_results_has_one_name(given):
 # ---- numbers -----------------------------------------------------------------------------------
 
 
+def test_texts_that_people_read_are_one_line_and_no_number():
+    assert prepare(changed("methods.wmdd.label", "1e5"), SCHEMA)["methods"]["wmdd"]["label"] == "1e5"
+    title = yaml.safe_load("title: >\n  Two\n  lines\n")["title"]
+    assert title.endswith("\n")
+    assert prepare(changed("tables.main.title", title), SCHEMA)["tables"]["main"]["title"] == "Two lines"
+
+
 def test_numbers_that_yaml_reads_as_text_are_numbers():
     config = yaml.safe_load("{learning_rate: 1e-3, tolerance: 1E-4, lambda_bn: [-1.5e2, .5e1]}")
     assert config["learning_rate"] == "1e-3"  # what makes the repair necessary

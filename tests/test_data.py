@@ -173,6 +173,39 @@ def test_flat_test_folder_is_passed_over(tmp_path):
     assert open_source(folder(tmp_path), "test").names[0] == "val/a/000.png"
 
 
+def test_a_test_folder_of_unlabelled_images_stands_back(tmp_path):
+    """As in Tiny-ImageNet's archive, with val/ sorted into class folders."""
+    make_folders(tmp_path / "train", {"a": 2, "b": 2})
+    make_folders(tmp_path / "val", {"a": 1, "b": 1})
+    make_folders(tmp_path / "test", {"images": 3})
+    assert open_source(folder(tmp_path), "test").names[0] == "val/a/000.png"
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "__MACOSX", ".thumbnails"])
+def test_what_servers_and_archivers_leave_is_no_image(tmp_path, name):
+    make_folders(tmp_path, {"a": 2, "b": 2})
+    make_folders(tmp_path / "a", {name: 1})
+    make_folders(tmp_path, {name: 1})
+    assert class_count(folder(tmp_path)) == 2
+    assert len(open_source(folder(tmp_path, test_fraction=0.5), "train")) == 2
+
+
+def test_a_link_that_loops_among_the_class_folders_is_told(tmp_path):
+    make_folders(tmp_path, {"a": 2, "b": 2})
+    (tmp_path / "dog").symlink_to(tmp_path / "dog")
+    with fails("dog cannot be followed", "remove the link"):
+        class_count(folder(tmp_path))
+
+
+def test_a_root_below_a_closed_folder_is_told(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with fails("root: ", "cannot be reached", "Permission denied"):
+        class_count(folder(tmp_path))
+
+
 def test_train_without_test_folder(tmp_path):
     make_folders(tmp_path / "train", {"a": 2, "b": 2})
     with fails("test/", "for a drawn test part", str(tmp_path / "train")):

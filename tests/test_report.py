@@ -18,7 +18,15 @@ from PIL import Image
 from wmdd_core.artifacts import make_header, write_json, write_tensors
 from wmdd_core.errors import UserError
 from workflow_scripts import build_page, drawing, plot_accuracy, plot_gallery, plot_sweep, tabulate_accuracy
-from workflow_scripts.drawing import COLOURS, base_name, colour_of, line_styles, new_figure, save
+from workflow_scripts.drawing import (
+    COLOURS,
+    base_name,
+    colour_of,
+    line_styles,
+    new_figure,
+    save,
+    shortened,
+)
 from workflow_scripts.job import Job
 from workflow_scripts.plain_tables import as_markdown, write_table
 from workflow_scripts.tabulate_accuracy import as_latex, fold, pivot, read_rows
@@ -320,6 +328,21 @@ def test_what_was_held_out_of_the_training_set_is_not_called_test_set(tmp_path):
     ):
         labels = {**LABELS, "held_out": held_out}
         assert told in Results(tmp_path, cells).tabulate(labels=labels)["md"].read_text()
+
+
+@pytest.mark.parametrize(
+    ("title", "shown"),
+    [
+        ("tench", "tench"),
+        ("great_white_shark", "great white shark"),
+        ("twenty two characters!", "twenty two characters!"),
+        ("great white shark, Carcharodon", "great white shark,…"),
+        ("exactly twenty one xy and more", "exactly twenty one xy…"),
+        ("PneumonoultramicroscopicCase", "Pneumonoultramicrosco…"),
+    ],
+)
+def test_a_long_title_of_a_class_is_cut_and_never_gone(title, shown):
+    assert shortened(title) == shown and len(shown) <= 22
 
 
 def test_latex_escapes_names():

@@ -28,10 +28,11 @@ from workflow_scripts import (
     measure_efficiency,
     pretrain_teacher,
     tabulate_cost,
+    tabulate_hyperparameters,
 )
 from workflow_scripts.job import Job
 from workflow_scripts.measure_efficiency import Measured, alone, build_row, build_shown, preparation_seconds
-from workflow_scripts.plain_tables import as_latex, as_markdown
+from workflow_scripts.plain_tables import as_latex, as_markdown, escape
 from workflow_scripts.real_images import load_teacher
 
 
@@ -457,6 +458,12 @@ def test_tables_for_people_mark_what_is_missing_and_escape():
     tex = as_latex(shown, ["One note."])
     assert tex.startswith("% One note.\n") and "\\begin{tabular}{lr}" in tex
     assert "a\\_b & rate (\\%) \\\\" in tex and "$\\lambda$ & -- \\\\" in tex
+
+
+def test_latex_knows_every_character_of_the_hyperparameters():
+    names = [*tabulate_hyperparameters.SQUEEZE, *tabulate_hyperparameters.RECOVER]
+    assert all(escape(name).isascii() for name in names)
+    assert escape("[1] a < b | c") == "{}[1] a $<$ b $|$ c" and escape("*") == "{}*"
 
 
 # ---- hyperparameters -------------------------------------------------------------------------

@@ -329,8 +329,25 @@ def test_a_mistake_in_the_config_is_told_in_one_line(tmp_path, overlay, told):
 
 
 @pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("seed: 1\nmethods:\n  wmdd: {iterations: 3}\nmethods:\n  dm: {iterations: 3}\n", 4, "methods"),
+        ("methods:\n  wmdd:\n    roll: 1\n    roll: 2\n", 4, "roll"),
+        ("tables:\n  main: {ipc: [1], ipc: [2]}\n", 2, "ipc"),
+    ],
+)
+def test_a_key_that_stands_twice_is_told_with_its_line(tmp_path, text, line, key):
+    """YAML keeps the last: a block pasted behind another one of its name would replace it."""
+    (tmp_path / "twice.yaml").write_text(text, encoding="utf-8")
+    done = run_snakemake(tmp_path, "-n", "--configfile", str(tmp_path / "twice.yaml"), preset="")
+    assert done.returncode == 1
+    assert f"twice.yaml, line {line}: '{key}' stands there before; merge the two" in done.stderr
+
+
+@pytest.mark.parametrize(
     ("overlay", "target", "told"),
     [
+        ("figures: {hyperparameters: {methods: [dm]}}", "hyperparameters", "dm is not recovered by the loop"),
         ("students: {convnet: {depth: 5}}", "main", "ConvNet of depth 5 halves 8 pixels below one"),
         (
             "methods: {all_real: {batch_size: 1}}",

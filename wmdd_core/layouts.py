@@ -51,6 +51,9 @@ BYPRODUCT_SUFFIXES = (
 )  # fmt: skip
 """Of files that lie beside images and are none: nobody misses them."""
 
+BYPRODUCT_FOLDERS = ("__MACOSX", "@eaDir")
+"""What archivers and file servers leave beside images."""
+
 EXPECTED_LAYOUT = {
     "imagefolder": "train/<class>/ and test/<class>/ (or val/<class>/) with the same classes, or one "
     "<class>/ folder per class",
@@ -153,7 +156,13 @@ def root_folder(settings: Mapping[str, Any]) -> Path:
     if not settings.get("root"):
         raise UserError(f"root: not set, but source {source} needs it; set it to {expected}")
     root = Path(os.path.expanduser(settings["root"]))
-    if not root.exists():
+    try:
+        there = root.exists()
+    except OSError as error:  # of a folder above that may not be searched
+        raise UserError(
+            f"root: {root} cannot be reached ({error.strerror}); get leave to, or set it to {expected}"
+        ) from error
+    if not there:
         raise UserError(f"root: {root} does not exist; set it to {expected}")
     if not root.is_dir():
         raise UserError(f"root: {root} is not a folder; set it to {expected}")
@@ -164,7 +173,7 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
     """Entries of `folder` by name, without hidden ones and what archivers leave behind."""
     try:
         with os.scandir(folder) as entries:
-            shown = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
+            shown = [e for e in entries if not e.name.startswith(".") and e.name not in BYPRODUCT_FOLDERS]
     except OSError as error:
         raise UserError(
             f"{folder} cannot be listed ({error.strerror}); check that it exists and that you may read it, "
@@ -175,7 +184,7 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
 
 def class_folders(folder: Path) -> list[str]:
     """Names of the folders in `folder`, sorted as text: class 0 is the first."""
-    return [_readable_name(entry) for entry in list_folder(folder) if entry.is_dir()]
+    return [_readable_name(entry) for entry in list_folder(folder) if _is_folder(entry)]
 
 
 def image_files(folder: Path) -> list[str]:
@@ -203,14 +212,17 @@ def other_files(settings: Mapping[str, Any]) -> Counter[str]:
 def _files(folder: Path, place: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Files at any depth below `folder`, each behind its place in there ("" or a path that ends in /)."""
     for entry in list_folder(folder):
-        try:
-            is_folder = entry.is_dir()
-        except OSError as error:
-            raise UserError(f"{entry.path} cannot be followed ({error.strerror}); remove the link") from error
-        if is_folder:
+        if _is_folder(entry):
             yield from _files(Path(entry.path), f"{place}{_readable_name(entry)}/")
         else:
             yield place, entry
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        raise UserError(f"{entry.path} cannot be followed ({error.strerror}); remove the link") from error
 
 
 def _readable_name(entry: os.DirEntry[str]) -> str:
@@ -246,6 +258,8 @@ def _find_image_folder(root: Path) -> FolderLayout:
     # Only a `train` of folders is a split: `train` full of pictures may be a class of vehicles.
     train_classes = class_folders(root / "train") if "train" in folders else []
     tests = [name for name in TEST_FOLDERS if name in folders and class_folders(root / name)]
+    # A `test` without labels, of one folder of images, stands back behind a `val` of class folders.
+    tests.sort(key=lambda name: set(class_folders(root / name)).isdisjoint(train_classes))
     if train_classes and tests:
         return FolderLayout(root, tuple(train_classes), root / "train", root / tests[0])
     if "train" in folders and set(folders) <= {"train", *TEST_FOLDERS}:

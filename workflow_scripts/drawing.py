@@ -133,6 +133,14 @@ def in_order(table: pd.DataFrame, **orders: Sequence) -> pd.DataFrame:
     return table
 
 
+def shortened(title: str, length: int = 22) -> str:
+    """A title of at most `length` characters, cut between words, or within a word that is longer."""
+    title = " ".join(title.replace("_", " ").split())
+    if len(title) <= length:
+        return title
+    return (title[:length].rpartition(" ")[0] or title[: length - 1]) + "…"
+
+
 def class_titles(description: Mapping, classes: Iterable[int]) -> list[str]:
     """Names of classes as Matplotlib shall print them: a $ would begin a formula."""
     titles = description.get("titles", description["classes"])

@@ -39,6 +39,8 @@ LATEX = {
     "^": r"\textasciicircum{}",
     "²": "$^2$",
     "λ": r"$\lambda$",
+    "β": r"$\beta$",
+    **{c: f"${c}$" for c in "<>|"},
     "±": r"$\pm$",
     "×": r"$\times$",
     "–": "--",
@@ -46,8 +48,9 @@ LATEX = {
 
 
 def escape(text: str) -> str:
-    """Text as LaTeX prints it."""
-    return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found[0]], text)
+    """Text as LaTeX prints it; behind a line's end it would take a first [ or * for the line's own."""
+    guard = "{}" if text.startswith(("[", "*")) else ""
+    return guard + re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found[0]], text)
 
 
 def read_rows(path: str | Path) -> list[Row]:

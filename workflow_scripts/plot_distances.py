@@ -85,7 +85,8 @@ def plain_log(axes: Axes) -> None:
 
 
 def main(job: Job) -> None:
-    table = in_order(pd.read_csv(job.input["csv"]), method=job.settings["methods"], ipc=job.settings["ipc"])
+    measured = pd.read_csv(job.input["csv"], converters={"method": str})  # a method may be called NA, or 10
+    table = in_order(measured, method=job.settings["methods"], ipc=job.settings["ipc"])
     save(draw(table, job.settings["labels"]), job.output)
 
 

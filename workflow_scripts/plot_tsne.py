@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from workflow_scripts.drawing import class_titles, in_order, new_figure, save
+from workflow_scripts.drawing import class_titles, in_order, new_figure, save, shortened
 from workflow_scripts.job import Job, run
 from workflow_scripts.plot_accuracy import names_of
 
@@ -34,7 +33,7 @@ def draw(points: pd.DataFrame, labels: Mapping[str, str], classes: Sequence[str]
     methods, numbers = list(dict.fromkeys(points.method)), sorted(points["class"].unique())
     colours = dict(zip(numbers, CLASS_COLOURS, strict=False))
     names = names_of(methods, labels)
-    titles = [textwrap.shorten(t.replace("_", " "), 22, placeholder="…") for t in classes]
+    titles = [shortened(t) for t in classes]
     figure = new_figure(3.4 * len(methods) + 0.4 + 0.075 * max(9, *map(len, titles)), 3.75)
     grid = figure.subplots(1, len(methods), sharex=True, sharey=True, squeeze=False)[0]
     for axes, method in zip(grid, methods, strict=True):
@@ -74,7 +73,9 @@ def draw_map(axes: Axes, points: pd.DataFrame, colours: Mapping[int, str]) -> No
 
 
 def main(job: Job) -> None:
-    points = in_order(pd.read_csv(job.input["points"]), method=job.settings["methods"])
+    points = in_order(
+        pd.read_csv(job.input["points"], converters={"method": str}), method=job.settings["methods"]
+    )
     titles = class_titles(job.description(), sorted(points["class"].unique()))
     save(draw(points, job.settings["labels"], titles), job.output)
 

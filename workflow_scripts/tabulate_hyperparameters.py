@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from wmdd_core.recovery import RecoverySettings
+from wmdd_core.training import Schedule
 from workflow_scripts.job import Job, run
 from workflow_scripts.plain_tables import write_table
 
@@ -18,7 +19,7 @@ SQUEEZE: dict[str, Setting] = {
     "optimizer": lambda s: s.get("optimizer"),
     "learning rate": lambda s: s.get("learning_rate"),
     "weight decay": lambda s: s.get("weight_decay"),
-    "momentum": lambda s: s.get("momentum"),
+    "momentum": lambda s: s.get("momentum", Schedule.momentum if s.get("optimizer") == "sgd" else None),
     "batch size": lambda s: s.get("batch_size"),
     "scheduler": lambda s: "cosine decay" if "epochs" in s else None,
     "epochs": lambda s: s.get("epochs"),
@@ -26,7 +27,7 @@ SQUEEZE: dict[str, Setting] = {
 }
 RECOVER: dict[str, Setting] = {
     "λ": lambda s: s.get("lambda_bn"),
-    "form of the loss": lambda s: s.get("loss_form"),
+    "form of the loss": lambda s: s.get("loss_form", RecoverySettings.loss_form),
     "optimizer": lambda s: "Adam",  # the loop's only one
     "learning rate": lambda s: s.get("learning_rate"),
     "β1, β2": lambda s: f"{RecoverySettings.beta1}, {RecoverySettings.beta2}",
