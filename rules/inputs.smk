@@ -4,7 +4,7 @@ import math
 from types import SimpleNamespace
 
 from rules.plan import DECODERS
-from wmdd_core.layouts import BYPRODUCT_FOLDERS
+from wmdd_core.layouts import is_shown
 from wmdd_core.terms import SET_TERMS, check_network
 
 # ---- data ------------------------------------------------------------------------------------
@@ -61,9 +61,8 @@ def stamp_of(path):
     """
     paths = [path] if os.path.isfile(path) else []
     for folder, folders, names in os.walk(path):
-        # Walk into what may hold images alone.
-        folders[:] = [f for f in folders if not f.startswith(".") and f not in BYPRODUCT_FOLDERS]
-        paths += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+        folders[:] = filter(is_shown, folders)
+        paths += [os.path.join(folder, name) for name in names if is_shown(name)]
     found = [(os.path.relpath(p, path), os.stat(p)) for p in sorted(paths) if os.path.exists(p)]
     return digest([[name, status.st_size, int(status.st_mtime)] for name, status in found])
 

@@ -28,7 +28,7 @@ from wmdd_core.metrics import (
 from wmdd_core.models import Classifier, build_model
 from workflow_scripts import embed_tsne, measure_distances, plot_distances, plot_tsne, trace_barycenters
 from workflow_scripts.distilled_sets import DistilledSet, embed_images
-from workflow_scripts.drawing import in_order
+from workflow_scripts.drawing import arranged
 from workflow_scripts.job import Job
 from workflow_scripts.measure_distances import both_sides, distances, with_means
 
@@ -310,8 +310,8 @@ def test_distances_of_both_sets_from_files(world, tmp_path):
 
 def test_rows_are_drawn_in_the_figures_order_not_the_measurements():
     table = pd.DataFrame({"method": [*"aabb"], "ipc": [10, 1, 10, 1], "number": range(4)})
-    assert in_order(table, method=["b", "a"], ipc=[1, 10]).number.tolist() == [3, 2, 1, 0]
-    assert in_order(table, ipc=[1, 10], method=["b", "a"]).number.tolist() == [3, 1, 2, 0]
+    assert arranged(table, method=["b", "a"], ipc=[1, 10]).number.tolist() == [3, 2, 1, 0]
+    assert arranged(table, ipc=[1, 10], method=["b", "a"]).number.tolist() == [3, 1, 2, 0]
 
 
 def points_of(axes) -> dict[tuple[str, int], float]:

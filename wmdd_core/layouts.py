@@ -169,11 +169,16 @@ def root_folder(settings: Mapping[str, Any]) -> Path:
     return root
 
 
+def is_shown(name: str) -> bool:
+    """Whether a file or folder counts: hidden ones, and what archivers and servers leave, do not."""
+    return not name.startswith(".") and name not in BYPRODUCT_FOLDERS
+
+
 def list_folder(folder: Path) -> list[os.DirEntry[str]]:
     """Entries of `folder` by name, without hidden ones and what archivers leave behind."""
     try:
         with os.scandir(folder) as entries:
-            shown = [e for e in entries if not e.name.startswith(".") and e.name not in BYPRODUCT_FOLDERS]
+            shown = [entry for entry in entries if is_shown(entry.name)]
     except OSError as error:
         raise UserError(
             f"{folder} cannot be listed ({error.strerror}); check that it exists and that you may read it, "

@@ -125,7 +125,7 @@ def line_styles(methods: Iterable[str]) -> dict[str, dict]:
     return styles
 
 
-def in_order(table: pd.DataFrame, **orders: Sequence) -> pd.DataFrame:
+def arranged(table: pd.DataFrame, **orders: Sequence) -> pd.DataFrame:
     """The rows in the given order of each column's values, the first column before the others."""
     for column, order in reversed(orders.items()):
         places = {value: place for place, value in enumerate(order)}
@@ -142,9 +142,9 @@ def shortened(title: str, length: int = 22) -> str:
 
 
 def class_titles(description: Mapping, classes: Iterable[int]) -> list[str]:
-    """Names of classes as Matplotlib shall print them: a $ would begin a formula."""
+    """Names of classes as Matplotlib shall print them, `shortened`: a $ would begin a formula."""
     titles = description.get("titles", description["classes"])
-    return [titles[c].replace("$", r"\$") for c in classes]
+    return [shortened(titles[c]).replace("$", r"\$") for c in classes]
 
 
 def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from wmdd_core.terms import MEAN
-from workflow_scripts.drawing import in_order, line_styles, new_figure, save
+from workflow_scripts.drawing import arranged, line_styles, new_figure, save
 from workflow_scripts.job import Job, run
 from workflow_scripts.plot_accuracy import names_of
 
@@ -86,7 +86,7 @@ def plain_log(axes: Axes) -> None:
 
 def main(job: Job) -> None:
     measured = pd.read_csv(job.input["csv"], converters={"method": str})  # a method may be called NA, or 10
-    table = in_order(measured, method=job.settings["methods"], ipc=job.settings["ipc"])
+    table = arranged(measured, method=job.settings["methods"], ipc=job.settings["ipc"])
     save(draw(table, job.settings["labels"]), job.output)
 
 

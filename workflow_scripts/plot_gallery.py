@@ -15,7 +15,7 @@ from PIL import Image
 
 from wmdd_core.artifacts import read_tensors, write_text
 from workflow_scripts.checks import check_dataset, check_lineage, check_place
-from workflow_scripts.drawing import DPI, class_titles, new_figure, save, shortened
+from workflow_scripts.drawing import DPI, class_titles, new_figure, save
 from workflow_scripts.job import Job, listed, run
 from workflow_scripts.real_images import open_images
 from workflow_scripts.tabulate_accuracy import SYMBOLS
@@ -176,7 +176,6 @@ def draw(real: Block, blocks: Sequence[Block], names: Sequence[str]) -> Figure:
     side = image_side(cells, real.images[0].shape[1])
     placed = [place(band, rows, side) for band in bands]
 
-    names = [shortened(n) for n in names]
     left = int((0.06 * max(map(len, names)) + 0.15) * DPI)
     margin = int(0.08 * DPI)
     tops = [int(head_height(p) * DPI) for p in placed]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from workflow_scripts.drawing import class_titles, in_order, new_figure, save, shortened
+from workflow_scripts.drawing import arranged, class_titles, new_figure, save
 from workflow_scripts.job import Job, run
 from workflow_scripts.plot_accuracy import names_of
 
@@ -33,8 +33,7 @@ def draw(points: pd.DataFrame, labels: Mapping[str, str], classes: Sequence[str]
     methods, numbers = list(dict.fromkeys(points.method)), sorted(points["class"].unique())
     colours = dict(zip(numbers, CLASS_COLOURS, strict=False))
     names = names_of(methods, labels)
-    titles = [shortened(t) for t in classes]
-    figure = new_figure(3.4 * len(methods) + 0.4 + 0.075 * max(9, *map(len, titles)), 3.75)
+    figure = new_figure(3.4 * len(methods) + 0.4 + 0.075 * max(9, *map(len, classes)), 3.75)
     grid = figure.subplots(1, len(methods), sharex=True, sharey=True, squeeze=False)[0]
     for axes, method in zip(grid, methods, strict=True):
         draw_map(axes, points[points.method == method], colours)
@@ -51,7 +50,7 @@ def draw(points: pd.DataFrame, labels: Mapping[str, str], classes: Sequence[str]
     ]
     handles = [
         Line2D([], [], linestyle="", color=colours[c], marker="s", label=t)
-        for c, t in zip(numbers, titles, strict=True)
+        for c, t in zip(numbers, classes, strict=True)
     ]
     figure.legend(handles=[*kinds, *handles], loc="outside right upper", handletextpad=0.2)
     return figure
@@ -73,7 +72,7 @@ def draw_map(axes: Axes, points: pd.DataFrame, colours: Mapping[int, str]) -> No
 
 
 def main(job: Job) -> None:
-    points = in_order(
+    points = arranged(
         pd.read_csv(job.input["points"], converters={"method": str}), method=job.settings["methods"]
     )
     titles = class_titles(job.description(), sorted(points["class"].unique()))
