@@ -30,6 +30,10 @@ from wmdd_core.sharding import shard_members, shard_total
 prepare_environment(workflow.basedir)
 repair_scheduler()
 
+# SIGTERM reaches every process of a cluster's job. A shell that it ended would end the job with it, before the
+# script has saved its state. And Snakemake takes PYTHONPATH away from jobs in an environment of conda.
+shell.prefix('set -euo pipefail; trap : TERM; export PYTHONPATH="${{PYTHONPATH:-$WMDD_ROOT}}"; ')
+
 # A graph of jobs only grows: looking through it for garbage would take a quarter of a large dry run.
 gc.set_threshold(1_000_000, 50, 50)
 
@@ -45,7 +49,7 @@ def _check_keys(path):
                 if key.value in seen:
                     line = key.start_mark.line + 1
                     raise ConfigError(
-                        f"{path}, line {line}: {key.value!r} stands there before; merge the two"
+                        f"{path}, line {line}: the key {key.value!r} stands there twice; merge the two"
                     )
                 seen.add(key.value)
             if isinstance(value, yaml.CollectionNode):

@@ -266,7 +266,7 @@ def _expectation(error) -> str:
         case "exclusiveMinimum":
             return f"it must be above {limit}"
         case "pattern":
-            return "it is not as described"
+            return "it does not have the required form"
         case "uniqueItems":
             return "name each once"
         case "enum":
@@ -308,6 +308,7 @@ def prepare_environment(root: str) -> None:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ["WMDD_ROOT"] = str(root)
     first = {"PATH": os.path.dirname(sys.executable), "PYTHONPATH": str(root)}
     for name, folder in first.items():
         others = [p for p in os.environ.get(name, "").split(os.pathsep) if p and p != folder]

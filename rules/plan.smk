@@ -42,8 +42,8 @@ def print_unrecorded():
     if lost:
         print(
             f"warning: {len(lost)} job{'s' * (len(lost) > 1)} left files without a record of their settings (results"
-            " copied without .snakemake?): a change of settings does not make them anew; if there was one, delete"
-            " them or add -R and the names of the rules",
+            " copied without .snakemake?); a change of settings will not rerun them: if there was one, delete the"
+            " files, or add -R and the names of the rules",
             file=sys.stderr,
         )
 

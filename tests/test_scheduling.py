@@ -1,19 +1,35 @@
-"""What is repaired of Snakemake: looks at the ready jobs, Ctrl-C while jobs are asked after, failed jobs."""
+"""What is repaired of Snakemake and its Slurm plugin (rules/scheduling.py), and of the shell of its jobs."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 from conftest import ROOT, run_snakemake
+from snakemake.persistence.file import FilePersistence
 from snakemake.scheduling.job_scheduler import JobScheduler
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 
-from rules.scheduling import cancel_running, look_again_once, remember_submission
+from rules import scheduling
+from rules.scheduling import (
+    Answers,
+    cancel_running,
+    delete_all_locks,
+    delete_own_locks,
+    look_again_once,
+    remember_submission,
+    remove_old_outputs,
+    settle_answers,
+)
 
 WORKFLOW = """
 import sys
@@ -99,6 +115,145 @@ def test_what_a_failed_job_should_have_renewed_is_planned_again(tmp_path):
     assert plans_after_a_failure(tmp_path / "repaired", True)
     # When this fails, Snakemake needs no repair any more.
     assert not plans_after_a_failure(tmp_path / "plain", False)
+
+
+def seen_as_half_made(directory: Path, repaired: bool) -> bool:
+    """Whether an output counts as half-made whose job ended where nobody saw it, as in a cluster's job."""
+    directory.mkdir()
+    (directory / "Snakefile").write_text(FAILING.format(root=str(ROOT), repaired=repaired))
+    (directory / "source").touch()
+
+    def run(*options: str):
+        return run_snakemake(directory, *options, root=directory, preset="")
+
+    assert run("--cores", "1", "--mode", "remote", "--nolock", "first").returncode == 0
+    assert (directory / "first").exists()
+    done = run("--dry-run", "--rerun-incomplete", "first")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return "rule first" in done.stdout + done.stderr
+
+
+def test_a_job_whose_end_nobody_saw_is_made_again(tmp_path):
+    assert seen_as_half_made(tmp_path / "repaired", True)
+    # When this fails, Snakemake needs no repair any more.
+    assert not seen_as_half_made(tmp_path / "plain", False)
+
+
+def test_a_run_that_ends_leaves_the_locks_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(FilePersistence, "_delete_locks", delete_own_locks)
+    monkeypatch.setattr(FilePersistence, "cleanup_locks", delete_all_locks)
+    one, other, third = (FilePersistence(path=tmp_path) for _ in range(3))
+    one._write_locks("output", ["a"])
+    other._write_locks("output", ["b"])
+    one.unlock()
+    assert list(third._read_locks()) == [("output", "b")]
+    other.unlock()
+    third._write_locks("output", ["c"])
+    FilePersistence(path=tmp_path).unlock()  # of a run that had nothing to lock
+    assert list(other._read_locks()) == [("output", "c")]
+    FilePersistence(path=tmp_path).cleanup_locks()  # as --unlock does
+    assert list(third._read_locks()) == []
+
+
+def test_answers_that_the_plugin_would_wait_for_are_settled():
+    answers = Answers()
+    answers.submitted.add("3")  # which ends before anybody asks
+    told = [
+        ({"1": "RUNNING", "2": "PENDING"}, {"1": "RUNNING", "2": "PENDING"}),
+        ({"1": "PREEMPTED"}, {"1": "PREEMPTED"}),
+        ({"1": "PENDING"}, {"1": "PENDING", "2": "UNKNOWN"}),  # 1 was queued again; 2 is gone twice
+        ({"1": "PREEMPTED", "2": "RUNNING"}, {"1": "PREEMPTED", "2": "RUNNING"}),
+        ({"1": "PREEMPTED", "2": "CANCELLED by 1000"}, {"1": "FAILED", "2": "CANCELLED"}),
+    ]
+    for given, wanted in told:
+        assert answers.settle(given, prompt=False) == wanted
+    assert "3" not in answers.settle({}, prompt=True)
+    assert answers.settle({}, prompt=True)["3"] == "UNKNOWN"
+
+
+def test_the_plugin_asks_through_the_settled_answers():
+    given = iter([(None, None), ({"1": "PREEMPTED"}, 0.1), ({"1": "PREEMPTED"}, 0.2)])
+
+    async def answer(command, logger):
+        return next(given)
+
+    plugin = SimpleNamespace(query_job_status=answer)
+    settle_answers(plugin)
+    settle_answers(plugin)  # once is enough: twice would count each answer twice
+    found = [asyncio.run(plugin.query_job_status("squeue", None)) for _ in range(3)]
+    assert found == [(None, None), ({"1": "PREEMPTED"}, 0.1), ({"1": "FAILED"}, 0.2)]
+    import snakemake_executor_plugin_slurm
+
+    assert asyncio.iscoroutinefunction(snakemake_executor_plugin_slurm.query_job_status)
+
+
+def test_what_an_earlier_job_has_made_goes_before_a_job_is_submitted(tmp_path, monkeypatch):
+    monkeypatch.setattr(scheduling, "_run_job_pre", lambda executor, job: None)
+    (tmp_path / "png").mkdir()
+    for name in ("image", "png/0.png", "log"):
+        (tmp_path / name).touch()
+    job = SimpleNamespace(output=[tmp_path / "image", tmp_path / "png", tmp_path / "missing"])
+    remove_old_outputs(SimpleNamespace(workflow=SimpleNamespace(is_main_process=False)), job)
+    assert (tmp_path / "image").exists()
+    remove_old_outputs(SimpleNamespace(workflow=SimpleNamespace(is_main_process=True)), job)
+    assert [p.name for p in tmp_path.iterdir()] == ["log"]
+
+
+def test_ctrl_c_submits_nothing_more():
+    cluster, started = Cluster(running=set()), threading.Event()
+    cluster._job_submission_executor = ThreadPoolExecutor(1)
+    submitted = []
+
+    def submit(number: int) -> None:
+        started.set()
+        time.sleep(0.2)
+        job = Job(number)
+        cluster.workflow.scheduler.running.add(job)
+        remember_submission(cluster, SimpleNamespace(job=job, external_jobid=number))
+        submitted.append(number)
+
+    for number in range(10):
+        cluster._job_submission_executor.submit(submit, number)
+    assert started.wait(10)
+    cluster.wait_thread.start()
+    cancel_running(cluster)
+    time.sleep(0.5)
+    assert submitted == cluster.cancelled == [0]
+
+
+def terminated(prefix: str, tmp_path: Path) -> tuple[int, bool]:
+    """Exit status of a rule's shell whose processes all get SIGTERM, and whether its script could finish."""
+    program = "import signal, sys, time, pathlib\nsignal.signal(signal.SIGTERM, lambda *_: stop())\n"
+    program += "def stop():\n    time.sleep(0.5)\n    pathlib.Path('saved').touch()\n    sys.exit(75)\n"
+    program += "pathlib.Path('begun').touch()\ntime.sleep(60)\n"
+    (tmp_path / "script.py").write_text(program)
+    command = f"{prefix} printf x | {sys.executable} script.py > log 2>&1"
+    shell = subprocess.Popen(
+        ["bash", "-c", command], cwd=tmp_path, start_new_session=True, env={**os.environ, "WMDD_ROOT": "here"}
+    )
+    while not (tmp_path / "begun").exists():
+        assert shell.poll() is None
+        time.sleep(0.02)
+    os.killpg(shell.pid, signal.SIGTERM)
+    status = shell.wait(10)
+    return status, (tmp_path / "saved").exists()
+
+
+def test_a_script_that_is_told_to_stop_ends_before_its_shell(tmp_path):
+    rules = (ROOT / "rules/common.smk").read_text(encoding="utf-8")
+    (prefix,) = re.findall(r"^shell\.prefix\('(.*)'\)$", rules, re.MULTILINE)
+    assert terminated(prefix.format(), tmp_path) == (75, True)
+
+
+def test_a_script_is_found_where_conda_has_taken_pythonpath_away(tmp_path):
+    rules = (ROOT / "rules/common.smk").read_text(encoding="utf-8")
+    (prefix,) = re.findall(r"^shell\.prefix\('(.*)'\)$", rules, re.MULTILINE)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"WMDD_ROOT": str(ROOT)}
+    command = f"{prefix.format()} {sys.executable} -m workflow_scripts.gather_images --help"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_timer_is_set_only_where_none_is_due():

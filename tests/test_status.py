@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from workflow_scripts import status
 from workflow_scripts.status import (
     Planned,
     count_jobs,
@@ -125,6 +127,21 @@ def test_hours_come_from_the_nearest_finished_jobs(jobs, tmp_path):
     assert hours == {"evaluate_student": 1} and not unknown
 
 
+def test_a_job_that_ends_while_it_is_looked_at_counts_whole(jobs, monkeypatch):
+    write(jobs[0].benchmark, BENCHMARK.format(3600))
+    monkeypatch.setattr(Planned, "state", "running")  # and its lock is gone already
+    assert hours_left(jobs[:1])[0] == {"evaluate_student": 1}
+
+
+def test_without_locks_nothing_is_said_to_run(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    (tmp_path / "job.lock").touch()
+    monkeypatch.setattr(status.fcntl, "lockf", refuse)
+    assert not status.is_held(tmp_path / "job.lock")
+
+
 def test_a_rule_without_a_finished_job_is_said_to_be_unknown(jobs):
     hours, unknown = hours_left(jobs)
     assert hours == {} and unknown == {"evaluate_student"}
@@ -150,9 +167,13 @@ def test_a_finished_run_has_nothing_left(smoke):
         "--configfile",
         str(ROOT / "presets/smoke.yaml"),
     ]
-    done = subprocess.run(command, cwd=smoke, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line and line[0] != " "}
+    told = []
+    for folder, more in ((smoke, []), (smoke.parent, ["--directory", smoke.name])):
+        done = subprocess.run([*command, *more], cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout)
+    assert told[0] == told[1]
+    rows = {line.split()[0]: line.split()[1:] for line in told[0].splitlines() if line and line[0] != " "}
     assert rows["evaluate_student"] == ["12", "0", "0", "0", "-"]
     assert rows["all"] == ["63", "0", "0", "0", "0.00"]
 

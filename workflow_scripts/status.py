@@ -9,8 +9,10 @@ which is written at its end. Hours are those of the finished jobs that are most 
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -24,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from wmdd_core.errors import UserError
-from workflow_scripts.job import Job
+from workflow_scripts.job import NO_LOCKS, job_name
 
 ROOT = Path(__file__).resolve().parent.parent
 STATES = ("done", "running", "failed", "to do")
@@ -50,8 +52,8 @@ class Planned:
         rule, given = module.removeprefix("workflow_scripts."), json.loads(words[2])
         log, results = Path(words[words.index(">") + 1]), Path(given["checkpoints"]).parent
         benchmark = results / "benchmarks" / log.relative_to(results / "logs").with_suffix(".tsv")
-        job = Job(rule, given["wildcards"], {}, {}, {}, "", "auto", 1, given["checkpoints"])
-        return cls(rule, given["wildcards"], log, benchmark, job.checkpoint(".lock"))
+        lock = Path(given["checkpoints"]) / f"{job_name(rule, given['wildcards'])}.lock"
+        return cls(rule, given["wildcards"], log, benchmark, lock)
 
     @property
     def state(self) -> str:
@@ -76,8 +78,8 @@ def is_held(lock: Path) -> bool:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno not in NO_LOCKS
     return False
 
 
@@ -86,10 +88,9 @@ def last_line(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 4096))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+            return last_of(file.read().decode(errors="replace"))
     except FileNotFoundError:
         return ""
-    return next((line for line in reversed(lines) if line), "")
 
 
 def dry_run(*arguments: str) -> str:
@@ -102,8 +103,8 @@ def dry_run(*arguments: str) -> str:
 
 
 def last_of(text: str) -> str:
-    """The last line of a text."""
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "")
+    """The last line of a text that is not empty."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def count_jobs(told: str) -> dict[str, int]:
@@ -169,19 +170,27 @@ def hours_left(jobs: Iterable[Planned]) -> tuple[dict[str, float], set[str]]:
             unknown.add(job.rule)
             continue
         if job.state == "running":
-            seconds = max(0.0, seconds - (time.time() - job.lock.stat().st_mtime))
+            seconds = max(0.0, seconds - running_seconds(job.lock))
         hours[job.rule] += seconds / 3600
     return hours, unknown
+
+
+def running_seconds(lock: Path) -> float:
+    """Seconds since a running job took its lock; 0 if it has ended in this moment."""
+    try:
+        return time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def holder_of(job: Planned) -> str:
     """Where a running job runs, and since when."""
     try:
         holder = json.loads(job.lock.read_text())
-        minutes = (time.time() - job.lock.stat().st_mtime) / 60
     except (OSError, ValueError):  # it has ended in this moment
         return ""
     slurm = f", Slurm job {holder['slurm']}" if holder["slurm"] else ""
+    minutes = running_seconds(job.lock) / 60
     return f"on {holder['host']}, process {holder['pid']}{slurm}, for {minutes:.0f} min"
 
 
@@ -221,7 +230,11 @@ def render(totals: Mapping[str, int], jobs: Sequence[Planned]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Print the state of the experiment that these arguments of Snakemake name."""
     totals = count_jobs(dry_run("--forceall", *arguments))
-    print(render(totals, planned_jobs(dry_run("--printshellcmds", *arguments))))
+    jobs = planned_jobs(dry_run("--printshellcmds", *arguments))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-d", "--directory", default=".")
+    os.chdir(parser.parse_known_args(arguments)[0].directory)  # where Snakemake's paths begin
+    print(render(totals, jobs))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def troubled(cluster, copy_of_smoke) -> Run:
 def changed_lambda(cluster, copy_of_smoke) -> Run:
     """The labels of a set after a change of its method's lambda_bn."""
     directory = copy_of_smoke("lambda")
-    presets = overlay(directory, "methods: {sre2l: {lambda_bn: 3}}")
+    presets = overlay(directory, "methods: {sre2l: {lambda_bn: 5}}")
     return cluster.run(directory, LABELS.format("sre2l", 1), *CPU_ONLY, presets=presets)
 
 
@@ -287,6 +287,11 @@ def test_what_ends_a_job_is_seen_retried_resumed_and_reported(cluster, troubled,
     assert states(out_of_memory)[-1] == "COMPLETED" and len(out_of_memory) == 2
     assert states(out_of_memory)[0] in FAILED
 
+    # A job that is told to stop has time to save its state.
+    for end in ("cancelled", "overdue"):
+        number = by_end[end][0]["JobId"]
+        (log,) = (directory / "results/logs/slurm").rglob(f"{number}.log")
+        assert "returned non-zero exit status 75" in log.read_text(), end
     for name in ENDS:
         assert "resuming after step" in log_of(directory, name), name
         target = TEACHER.format(name)
