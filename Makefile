@@ -52,7 +52,7 @@ status: install ## per rule: done, running, failed, to do, hours left; ARGS="--c
 .PHONY: plan
 PRESET ?= paper
 
-plan: install ## what is still to do for a preset: jobs, GPU hours, disk; PRESET=paper
+plan: install ## what is still to do for a preset: jobs, GPU hours, disk; PRESET=paper (own-images: set its root first)
 	$(BIN)/snakemake -n --quiet --configfile presets/$(PRESET).yaml
 
 .PHONY: bench

@@ -5,7 +5,20 @@ from types import SimpleNamespace
 
 from rules.plan import DECODERS
 from wmdd_core.layouts import is_shown
-from wmdd_core.terms import SET_TERMS, check_network
+from wmdd_core.terms import MEASURED_BN_TERMS, SET_TERMS, check_network
+
+# ---- networks --------------------------------------------------------------------------------
+
+
+def network_entry(block, name, dataset):
+    """The settings of a network; one that the images are too small for is told before anything runs."""
+    network = without(entry(block, name, dataset), "label")
+    try:
+        check_network(resolution=entry("datasets", dataset, dataset)["resolution"], **network)
+    except UserError as error:
+        stop(f"{block}.{name}, dataset {dataset}: {error}")
+    return network
+
 
 # ---- data ------------------------------------------------------------------------------------
 
@@ -90,7 +103,7 @@ def weights_stamp(w):
 
 @settings_for
 def pretrain_teacher_settings(w):
-    teacher = entry("teachers", w.teacher, w.dataset)
+    teacher = network_entry("teachers", w.teacher, w.dataset)
     if "weights" in teacher:  # its schedule is read for t-SNE's networks alone
         if teacher["weights"] == "torchvision" and not teacher["architecture"].startswith("resnet"):
             stop(
@@ -163,14 +176,17 @@ def uses_features(method):
     return method["feature_term"] in SET_TERMS
 
 
+def uses_statistics(method):
+    """Whether recovery matches BatchNorm statistics of the real images; else the teacher's own, or none."""
+    return method["bn_term"] in MEASURED_BN_TERMS
+
+
 def recover_images_input(w):
     method, teacher = method_of(w), teacher_of(w)
     place = {"dataset": w.dataset, "teacher": teacher, "ipc": w.ipc, "barycenter": method.get("barycenter")}
-    files = {
-        "description": DESCRIPTION.format(**place),
-        "teacher": TEACHER.format(**place),
-        "statistics": BN_STATISTICS.format(**place),
-    }
+    files = {"description": DESCRIPTION.format(**place), "teacher": TEACHER.format(**place)}
+    if uses_statistics(method):
+        files["statistics"] = BN_STATISTICS.format(**place)
     if needs_atoms(method):
         blocks = dict.fromkeys(block_of(c, w.dataset) for c in classes_of_shard(w))
         files["barycenters"] = [BARYCENTER.format(**place, block=b) for b in blocks]
@@ -188,10 +204,16 @@ def recover_images_settings(w):
         stop(f"methods.{w.method}.crop_scale_start: crops shrink from it to crop_scale_min; lower that")
     if method["feature_term"] == method["bn_term"] == "none" and not method.get("ce_weight"):
         stop(f"methods.{w.method}: feature_term and bn_term are none, nothing is matched; set one")
+    teacher = teacher_of(w)
+    if method["bn_term"] != "none" and entry("teachers", teacher, w.dataset)["architecture"].startswith("vit"):
+        stop(f"methods.{w.method}: its teacher {teacher} has no BatchNorm layer; set bn_term: none")
+    unread = ["ce_weight"] if method["feature_term"] == "cross_entropy" else []
     return {
         "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
         **without(
-            method_of(w), "kind", "label", "teacher", "barycenter", "swept", "batch_size", "batch_layout"
+            method,
+            *("kind", "label", "teacher", "barycenter", "swept", "batch_size", "batch_layout"),
+            *unread,
         ),
         "sharding": sharding_of(w),
         "seed": seed_of(w),
@@ -225,7 +247,7 @@ def distil_baseline_settings(w):
     return {
         **settings,
         "augmentation": [*method["augmentation"], *flip],
-        "network": without(entry("students", method["network"], w.dataset), "label"),
+        "network": network_entry("students", method["network"], w.dataset),
         "seed": seed_of(w),
     }
 
@@ -306,23 +328,13 @@ def evaluate_student_input(w):
     return files
 
 
-def student_of(w):
-    """The network of a student; one that the dataset's images are too small for is told before anything runs."""
-    student = without(entry("students", w.student, w.dataset), "label")
-    try:
-        check_network(resolution=entry("datasets", w.dataset, w.dataset)["resolution"], **student)
-    except UserError as error:
-        stop(f"students.{w.student}, dataset {w.dataset}: {error}")
-    return student
-
-
 @settings_for
 def evaluate_student_settings(w):
     recipe = entry("recipes", w.recipe, w.dataset)
     return {
         "recipe": without(recipe, "label", "crop_scale_min", "cutmix", "teacher_mode"),
         "views": view_settings(w),
-        "student": student_of(w),
+        "student": network_entry("students", w.student, w.dataset),
     }
 
 
@@ -334,7 +346,7 @@ def evaluate_all_real_settings(w):
         "recipe": without(method_of(w), "kind", "label", "swept"),
         "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
         "crops_of": crops_of(w),
-        "student": student_of(w),
+        "student": network_entry("students", w.student, w.dataset),
         "seed": config["seed"],
     }
 
@@ -370,7 +382,8 @@ def steps_before(step, w):
     if step == "select_images":
         return [*images, ("extract_features", teacher)] if method["selection"] == "kmeans" else images
     if step == "recover_images":
-        found = [*images, ("extract_features", teacher)]
+        embedded = needs_atoms(method) or uses_features(method) or uses_statistics(method)
+        found = [*images, ("extract_features" if embedded else "pretrain_teacher", teacher)]
         if needs_atoms(method):
             found.append(("compute_barycenter", {**teacher, "barycenter": method["barycenter"]}))
         return found

@@ -39,7 +39,7 @@ class Cost:
 
 
 class Unmeasured(Exception):
-    """report/costs.yaml does not have this network, or not how many images this data holds."""
+    """Not known: report/costs.yaml lacks this network or the size of this data, or a figure measures it."""
 
 
 class Planner:
@@ -99,6 +99,12 @@ class Planner:
             return getattr(self, rule, lambda w: Cost())(w)
         except Unmeasured:
             return None
+
+    def _not_planned(self, w: Mapping) -> Cost:
+        raise Unmeasured
+
+    # These measure something for a figure.
+    embed_tsne = measure_distances = measure_efficiency = trace_barycenters = _not_planned
 
     # ---- rules, each as it works -------------------------------------------------------------
 
@@ -259,8 +265,8 @@ def summarise(jobs: Iterable[tuple[str, Mapping]], config: Mapping, costs: Mappi
     ]
     if whole.unknown:
         lines.append(
-            f"+ and {whole.unknown} jobs more: only reading the data will tell their size, or"
-            " report/costs.yaml lacks their network."
+            f"+ {whole.unknown} of the jobs have no hours here: only reading the data will tell their size,"
+            " report/costs.yaml lacks their network, or they measure something for a figure."
         )
     return "\n".join(line for line in lines if line is not None)
 

@@ -113,16 +113,7 @@ rule build_page:
 # `snakemake main`, `snakemake gallery`: each table and figure has a target of its own name.
 
 
-for _name in config["tables"]:
-
-    rule:
-        name:
-            _name
-        input:
-            target_files([_name]),
-
-
-for _name in config["figures"]:
+for _name in [*config["tables"], *config["figures"]]:
 
     rule:
         name:

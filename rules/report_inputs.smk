@@ -169,12 +169,11 @@ def plot_sweep_settings(w):
 
 def gallery_input(w):
     dataset = single(w, "datasets")
-    files = {
+    return {
         "images": [DISTILLED.format(**place) for place in figure_sets(w)],
         "description": DESCRIPTION.format(dataset=dataset),
+        "train": real_images(SimpleNamespace(dataset=dataset)),
     }
-    train = real_images(SimpleNamespace(dataset=dataset))
-    return {**files, **({"train": train} if train else {})}
 
 
 @settings_for
@@ -214,7 +213,7 @@ def every_core(wildcards):
 def efficiency_methods(w):
     """The methods that are timed, as wildcards of sets of one image per class."""
     dataset, found = single(w, "datasets"), []
-    for method in expand_methods(needed(w, "methods")):
+    for method in expand_methods(figure_of(w)["methods"]):
         place = SimpleNamespace(dataset=dataset, method=method, ipc="1")
         if method_of(place)["kind"] not in ("recover", "dm", "dc"):
             stop(f"figures.{w.figure}.methods: {method} optimises no images; remove it")
@@ -239,14 +238,16 @@ def measure_efficiency_input(w):
         "description": DESCRIPTION.format(**place),
         "train": real_images(SimpleNamespace(dataset=dataset)),
         "teacher": TEACHER.format(**place),
-        "statistics": BN_STATISTICS.format(**place),
     }
     if barycenter:
         blocks = dict.fromkeys(block_of(c, dataset) for c in range(class_total(dataset)))
         files["barycenters"] = [BARYCENTER.format(**place, barycenter=barycenter, block=b) for b in blocks]
-    if any(uses_features(m) for m in map(method_of, efficiency_methods(w)) if m["kind"] == "recover"):
+    recovered = [m for m in map(method_of, efficiency_methods(w)) if m["kind"] == "recover"]
+    if any(map(uses_statistics, recovered)):
+        files["statistics"] = BN_STATISTICS.format(**place)
+    if any(map(uses_features, recovered)):
         files |= stored_features(dataset)
-    return {name: file for name, file in files.items() if file}
+    return files
 
 
 @settings_for
@@ -276,21 +277,26 @@ def measure_efficiency_settings(w):
 def cost_cells(w):
     """The cells of the cost table: wildcards of `evaluate_student` but for the recipe."""
     cells, spec = [], figure_of(w)
-    for dataset in needed(w, "datasets"):
+    for dataset in figure_of(w)["datasets"]:
         settings = resolve_lists(pick(spec, "methods", "ipc"), dataset, f"figures.{w.figure}")
         for ipc, method in itertools.product(settings["ipc"], list(expand_methods(settings["methods"]))):
             if entry("methods", method, dataset)["kind"] == "real":
                 stop(f"figures.{w.figure}.methods: {method} makes no distilled set; remove it")
-            place = {"dataset": dataset, "method": method, "ipc": str(ipc), "student": needed(w, "student")}
+            place = {
+                "dataset": dataset,
+                "method": method,
+                "ipc": str(ipc),
+                "student": figure_of(w)["student"],
+            }
             cells.append({**place, "seeds": config["student_seeds"]})
     return cells
 
 
 def cost_recipes(w):
     """soft, hard → the recipe of the figure with such labels."""
-    dataset, *_ = needed(w, "datasets")
-    found = {entry("recipes", r, dataset)["labels"]: r for r in needed(w, "recipes")}
-    if sorted(found) != ["hard", "soft"] or len(needed(w, "recipes")) != 2:
+    dataset, *_ = figure_of(w)["datasets"]
+    found = {entry("recipes", r, dataset)["labels"]: r for r in figure_of(w)["recipes"]}
+    if sorted(found) != ["hard", "soft"] or len(figure_of(w)["recipes"]) != 2:
         stop(f"figures.{w.figure}.recipes: give two recipes, one with soft and one with hard labels")
     return found
 
@@ -380,9 +386,9 @@ def read_yaml(path):
 def tabulate_hyperparameters_settings(w):
     """What squeeze and recover read, for each dataset that each of the presets defines."""
     columns = []
-    for preset in needed(w, "presets"):
+    for preset in figure_of(w)["presets"]:
         merged = preset_config(preset)
-        for method in needed(w, "methods"):
+        for method in figure_of(w)["methods"]:
             if method not in merged["methods"]:
                 stop(f"figures.{w.figure}.methods: the preset {preset} has no method {method}; remove it")
             if merged["methods"][method]["kind"] != "recover":
@@ -407,14 +413,14 @@ def tabulate_hyperparameters_settings(w):
                     "squeeze": resolve(merged["teachers"][dataset["teacher"]], name, f"{preset}: teachers"),
                     "recover": {
                         m: resolve(merged["methods"][m], name, f"{preset}: methods.{m}")
-                        for m in needed(w, "methods")
+                        for m in figure_of(w)["methods"]
                     },
                 }
             )
     return {
         "title": figure_of(w).get("title", w.figure),
         "columns": columns,
-        "labels": method_labels(needed(w, "methods")),
+        "labels": method_labels(figure_of(w)["methods"]),
     }
 
 
@@ -490,20 +496,13 @@ def single(w, key):
     return values[0]
 
 
-def needed(w, key):
-    """What a figure says under `key`."""
-    if key not in figure_of(w):
-        stop(f"figures.{w.figure}: the key {key!r} is missing; this kind of figure needs it")
-    return figure_of(w)[key]
-
-
 def figure_sets(w):
     """The distilled sets that a figure compares, as wildcards: size by size, method by method."""
-    dataset, methods = single(w, "datasets"), list(expand_methods(needed(w, "methods")))
+    dataset, methods = single(w, "datasets"), list(expand_methods(figure_of(w)["methods"]))
     for method in methods:
         if entry("methods", method, dataset)["kind"] == "real":
             stop(f"figures.{w.figure}.methods: {method} makes no distilled set; remove it")
-    return [{"dataset": dataset, "method": m, "ipc": str(i)} for i in needed(w, "ipc") for m in methods]
+    return [{"dataset": dataset, "method": m, "ipc": str(i)} for i in figure_of(w)["ipc"] for m in methods]
 
 
 def making_sets(w, recipe=None):
@@ -539,7 +538,7 @@ def measure_distances_input(w):
     }
     if "student" in figure:
         files["train"] = real_images(SimpleNamespace(dataset=dataset))
-        recipe = needed(w, "recipe")
+        recipe = figure_of(w)["recipe"]
         labels = entry("recipes", recipe, dataset)["labels"]
         if labels == "online":
             stop(f"figures.{w.figure}.recipe: {recipe} stores no labels; give one with labels: soft or hard")
@@ -548,7 +547,7 @@ def measure_distances_input(w):
                 "labels": [LABELS.format(**s, recipe=recipe) for s in figure_sets(w)],
                 "labels_header": [LABELS_HEADER.format(**s, recipe=recipe) for s in figure_sets(w)],
             }
-    return {name: file for name, file in files.items() if file}
+    return files
 
 
 @settings_for
@@ -556,7 +555,7 @@ def measure_distances_settings(w):
     dataset, figure = single(w, "datasets"), figure_of(w)
     teacher = labeller_of(SimpleNamespace(dataset=dataset))
     measured_by = ("extract_features", {"dataset": dataset, "teacher": teacher})
-    recipe = needed(w, "recipe") if "student" in figure else None
+    recipe = figure_of(w)["recipe"] if "student" in figure else None
     settings = {"expected": expected_digests([measured_by, *making_sets(w, recipe)])}
     if not recipe:
         return settings
@@ -570,18 +569,17 @@ def plot_distances_settings(w):
     return {
         "labels": method_labels(methods),
         "methods": methods,  # in their order, which is none of the measurement
-        "ipc": needed(w, "ipc"),
+        "ipc": figure_of(w)["ipc"],
         "measured": measuring(w),
     }
 
 
 def embed_tsne_input(w):
     dataset = single(w, "datasets")
-    train = real_images(SimpleNamespace(dataset=dataset))
     return {
         "description": DESCRIPTION.format(dataset=dataset),
         "images": [DISTILLED.format(**s) for s in figure_sets(w)],
-        **({"train": train} if train else {}),
+        "train": real_images(SimpleNamespace(dataset=dataset)),
     }
 
 
@@ -597,7 +595,7 @@ def embed_tsne_settings(w):
         "figure": pick(figure, "classes", "images"),
         "expected": expected_digests(making_sets(w)),
         "schedule": schedule,
-        "student": without(entry("students", needed(w, "student"), dataset), "label"),
+        "student": network_entry("students", figure_of(w)["student"], dataset),
         "flip": entry("datasets", dataset, dataset).get("flip", True),
         "seed": config["seed"],
     }
@@ -618,8 +616,8 @@ def trace_barycenters_settings(w):
     teacher = labeller_of(SimpleNamespace(dataset=dataset))
     place = {"dataset": dataset, "teacher": teacher}
     return {
-        "figure": {"ipc": needed(w, "ipc"), **pick(figure_of(w), "classes", "iterations")},
-        "barycenters": {b: entry("barycenters", b, dataset) for b in needed(w, "barycenters")},
+        "figure": {"ipc": figure_of(w)["ipc"], **pick(figure_of(w), "classes", "iterations")},
+        "barycenters": {b: entry("barycenters", b, dataset) for b in figure_of(w)["barycenters"]},
         "expected": expected_digests([("extract_features", place)]),
         "dataset": dataset,
         "seed": config["seed"],

@@ -17,6 +17,7 @@ from wmdd_core.artifacts import (
     canonical,
     digest,
     make_header,
+    read_array,
     read_arrays,
     read_json,
     read_tensors,
@@ -154,6 +155,14 @@ def test_tensors_and_header_survive(tmp_path):
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
 
 
+def test_an_array_is_mapped_for_reading(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(6).reshape(2, 3))
+    found = read_array(tmp_path / "x.npy")
+    assert isinstance(found, np.memmap) and found.tolist() == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(ValueError, match="read-only"):
+        found[0] = 7
+
+
 def test_json_and_header_survive(tmp_path):
     write_json(tmp_path / "x.json", {"classes": ["é", "b"], "top1": 12.5}, HEADER)
     assert read_json(tmp_path / "x.json") == {"classes": ["é", "b"], "top1": 12.5, "header": HEADER}
@@ -274,9 +283,22 @@ def test_two_teachers_may_meet():
     header_of("relabel_images", {}, [data, labeller, distilled])
 
 
+def save_array(path: Path, arrays: dict, _header: dict) -> None:
+    np.save(path, arrays["x"])
+
+
+def save_json(path: Path, arrays: dict, header: dict) -> None:
+    write_json(path, {"x": arrays["x"].tolist()}, header)
+
+
 @pytest.mark.parametrize(
     ("suffix", "write", "read"),
-    [(".npz", write_arrays, read_arrays), (".safetensors", write_tensors, read_tensors)],
+    [
+        (".npz", write_arrays, read_arrays),
+        (".npy", save_array, read_array),
+        (".safetensors", write_tensors, read_tensors),
+        (".json", save_json, read_json),
+    ],
 )
 @pytest.mark.parametrize("kept", [0, 40, 200])
 def test_a_truncated_file_is_named(tmp_path, suffix, write, read, kept):

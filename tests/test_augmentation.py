@@ -108,6 +108,18 @@ def test_partners_are_a_permutation():
     assert torch.equal(partner.sort().values, torch.arange(100))
 
 
+def test_a_mixed_view_shows_its_partners_own_view_within_the_patch():
+    x = images(12, 8)
+    views = draw_views(12, 8, torch_generator(10), crop_scale_min=0.3, flip=True, cutmix=True)
+    plain = apply_views(normalise(x, MEAN, STD), views)
+    found = view_batch(x, views, torch.arange(12), MEAN, STD)
+    for i, (top, left, height, width) in enumerate(views.patch.tolist()):
+        wanted, patch = plain[i].clone(), (slice(None), slice(top, top + height), slice(left, left + width))
+        wanted[patch] = plain[views.partner[i]][patch]
+        torch.testing.assert_close(found[i], wanted)
+    assert not torch.allclose(found, plain)  # something was pasted
+
+
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_a_view_does_not_depend_on_its_batch(size):
     """The student must see, bit for bit, what the teacher labelled, in whatever batches either works."""

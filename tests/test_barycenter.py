@@ -155,6 +155,7 @@ def test_first_iteration_is_algorithm_two_written_out():
     found = wasserstein_barycenter(
         points, 4, generator=rng(), initialisation=start, max_iterations=1, tolerance=0
     )
+    assert found.iterations == 1 and not found.converged
     np.testing.assert_allclose(found.support, newton, atol=1e-9)
     beta = solved.potentials_a - solved.potentials_a.mean()
     step = (solved.value - cost.min(0).mean()) / (beta @ beta)
@@ -207,6 +208,33 @@ def test_same_generator_same_bits():
     assert np.array_equal(first.support, second.support) and np.array_equal(first.weights, second.weights)
     other = wasserstein_barycenter(digits(1), 10, generator=rng(10))
     assert not np.array_equal(first.support, other.support)
+
+
+def test_another_generator_starts_kmeans_elsewhere():
+    first, again, other = (
+        wasserstein_barycenter(digits(1), 10, generator=rng(seed), weights="kmeans", restarts=1)
+        for seed in (9, 9, 10)
+    )
+    assert np.array_equal(first.support, again.support)
+    assert first.objective != pytest.approx(other.objective, rel=1e-6)
+
+
+@pytest.mark.parametrize("initialisation", ["random_points", "normal"])
+def test_the_best_of_the_starts_is_kept(initialisation):
+    points, given = digits(4), {"weights": "uniform", "initialisation": initialisation, "max_iterations": 0}
+
+    def cost(restarts: int) -> float:  # equal generators: the first starts are shared
+        found = wasserstein_barycenter(points, 5, generator=rng(3), restarts=restarts, **given)
+        return squared_cost(found.support, points).min(0).mean()
+
+    costs = [cost(restarts) for restarts in range(1, 17)]
+    assert (np.diff(costs) <= 1e-9).all() and costs[-1] < costs[0]
+
+
+def test_a_normal_start_is_about_the_origin():
+    given = {"initialisation": "normal", "restarts": 1, "max_iterations": 0}
+    found = wasserstein_barycenter(digits(2) + 100, 5, generator=rng(3), **given)
+    np.testing.assert_allclose(found.support, rng(3).standard_normal((5, 64)), atol=1e-9)
 
 
 def test_duplicates_constants_and_single_points():

@@ -88,6 +88,17 @@ def test_network_statistics_equal_a_direct_pass(norm_layers):
             torch.testing.assert_close(statistics[name].var[c], var, rtol=1e-6, atol=1e-6)
 
 
+def test_rounding_makes_no_variance_negative():
+    """A hundred equal images have none, and the difference of their sums lies below zero."""
+    means = torch.linspace(1, 2, 50).expand(200, -1)
+    accumulator = StatisticsAccumulator(2)
+    accumulator.add({"layer": (means, torch.zeros_like(means))}, torch.arange(200) // 100)
+    mean, second = (accumulator.sums["layer"] / 100).unbind(1)
+    assert (second < mean**2).any()
+    statistics = accumulator.statistics()["layer"]
+    assert (statistics.var >= 0).all() and (statistics.global_var >= 0).all()
+
+
 def test_weighted_moments_of_groups():
     x = torch.randn(5, 3, 4, 4, dtype=torch.float64, generator=torch_generator(3)) * 2 + 7
     w = torch.tensor([0.2, 0.8, 0.5, 0.3, 0.2], dtype=torch.float64)

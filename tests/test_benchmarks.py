@@ -67,7 +67,9 @@ def test_a_worse_barycenter_is_refused():
             check_agreement("barycenter", {}, ours, {**plain, "w2_squared": np.array(best)})
 
 
-def test_a_comparison_has_every_column_and_every_repeat(tmp_path):
+def test_a_comparison_has_every_column_and_every_repeat(tmp_path, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # `compare` sets them for good: undone after the test
     ((_, sizes),) = SIZES["barycenter"]["tiny"]
     compared = compare("barycenter", sizes, repeats=2, target=1.0)
     head, row = build_lines([compared])
@@ -111,6 +113,16 @@ def test_operations_are_those_of_the_layers():
     forward += 2 * width * 4 * 10
     assert count_operations(model, torch.zeros(1, 3, 16, 16), backward=False) == forward
     assert operations_of("relabel", {**sizes, "images": 7, "epochs": 3}) == 21 * forward
+
+
+def test_operations_of_the_other_stages():
+    sizes = {"architecture": "convnet", "resolution": 16}
+    forward = operations_of("features", {**sizes, "images": 3}) / 3
+    first = 2 * 9 * 3 * 128 * 16**2  # whose input wants no gradient in training
+    recover = operations_of("recover", {**sizes, "classes": 2, "ipc": 3, "iterations": 4})
+    assert recover == pytest.approx(24 * 2 * forward, rel=0.01)
+    trained = operations_of("evaluate", {**sizes, "images": 5, "epochs": 2, "test": 7})
+    assert trained == pytest.approx(10 * (3 * forward - first) + 7 * forward, rel=0.01)
 
 
 def test_limits_are_of_the_last_run_on_this_machine(tmp_path):

@@ -320,14 +320,14 @@ def test_the_schema_knows_what_the_steps_read():
 
     rules = {rule["description"]: rule["then"] for rule in SCHEMA["$defs"]["method"]["allOf"]}
     read_by_rules = {"kind", "label", "swept", "teacher", "barycenter", "batch_size", "batch_layout", "start"}
-    baseline = {"kind", "label", "swept", "network", "augmentation"}
+    baseline = {"kind", "label", "swept", "network"}
     for kind, settings, beside, fixed in (
         ("recover", RecoverySettings, read_by_rules, {"beta1", "beta2"}),
-        ("dm", DmSettings, {*baseline, "learning_rate_from_ipc_100"}, {"classes_per_batch"}),
-        ("dc", DcSettings, baseline, {"network_batch"}),
+        ("dm", DmSettings, {*baseline, "learning_rate_from_ipc_100"}, set()),
+        ("dc", DcSettings, baseline, set()),
     ):
         rule = rules[f"kind {kind}"]
-        known = {f.name for f in fields(settings)} - fixed - {"strategy"}
+        known = {f.name for f in fields(settings)} - fixed
         assert set(rule["propertyNames"]["enum"]) == known | beside
         assert {f.name for f in fields(settings) if f.default is MISSING} <= set(rule["required"])
 
@@ -402,16 +402,18 @@ def test_a_target_has_one_meaning(block, name):
         ("datasets.digits.flip", "no", "expected boolean"),
         ("datasets.digits.mean", [0.5, 0.5], "too short"),
         ("datasets.digits.std", [0.5, 0.5, "x"], "datasets.digits.std.2 is 'x'; expected number"),
+        ("datasets.digits.mean", [124, 116, 104], "datasets.digits.mean.0 is 124; the most allowed is 1"),
+        ("datasets.digits.std", [0.2, 0, 0.2], "datasets.digits.std.1 is 0; the least allowed is 1e-06"),
         ("datasets.digits.test_fraction", 0.95, "the most allowed is 0.9"),
         ("teachers.small.architecture", "resnet19", "did you mean 'resnet18'?"),
         ("recipes.soft.batch_size", 1, "the least allowed is 2"),
         ("tables.main.ipc", [1, 0], "tables.main.ipc.1 is 0; the least allowed is 1"),
         ("tables.main.ipc", 10, "tables.main.ipc is 10; expected array"),
         ("datasets", ["digits"], "datasets is ['digits']; expected object"),
-        ("device", "gpu", "device is 'gpu'; it is not as described (auto, cpu, cuda or cuda:N"),
-        ("device", "cuda:", "it is not as described (auto, cpu, cuda or cuda:N"),
-        ("results", "", "results is ''; it is not as described (folder"),
-        ("results", "a{b}c", "results is 'a{b}c'; it is not as described (folder"),
+        ("device", "gpu", "device is 'gpu'; it does not have the required form (auto, cpu, cuda or cuda:N"),
+        ("device", "cuda:", "it does not have the required form (auto, cpu, cuda or cuda:N"),
+        ("results", "", "results is ''; it does not have the required form (folder"),
+        ("results", "a{b}c", "results is 'a{b}c'; it does not have the required form (folder"),
         ("accept_code.plot_sweep", 3, "expected object"),
         ("figures.accuracy.kind", "galery", "did you mean 'gallery'?"),
         ("methods.wmdd.augmentation", ["foo"], "augmentation.0 is 'foo'; known are colour, crop"),
@@ -795,6 +797,41 @@ def test_code_that_is_imported_through_others_counts(tree):
     # extract_features → features → batchnorm → models, and recover_images → recovery → batchnorm → models
     tree("wmdd_core/models.py", lambda text: text.replace("channels = 3", "channels = 4"))
     assert stale(before) == {"extract_features", "recover_images", "evaluate_student"}
+
+
+COMPUTES = {
+    "compute_barycenter": ["transport", "seeding"],
+    "describe_dataset": ["data", "sources"],
+    "extract_features": ["features", "batchnorm", "convolution"],
+    "recover_images": [
+        *("augmentation", "device", "discrepancies", "graphs"),
+        *("optimizers", "sharding", "terms"),
+    ],
+    "evaluate_student": ["relabeling", "training"],
+}
+
+
+@pytest.mark.parametrize(("rule", "module"), [(r, m) for r, modules in COMPUTES.items() for m in modules])
+def test_what_computes_makes_stale(tree, rule, module):
+    before = hashes()
+    tree(f"wmdd_core/{module}.py", lambda text: text + "\nTHE_ANSWER = 42\n")
+    assert rule in stale(before)
+
+
+@pytest.mark.parametrize("script", ["pretrain_teacher", "select_images"])
+def test_a_script_of_another_rule_makes_nothing_stale(tree, script):
+    before = hashes()
+    tree(f"workflow_scripts/{script}.py", lambda text: text + "\nTHE_ANSWER = 42\n")
+    assert stale(before) == set()
+
+
+def test_the_stamp_sees_scripts_the_library_and_edits_of_equal_length(tree):
+    stamps = [code.source_stamp()]
+    tree("wmdd_core/recovery.py", lambda text: text + "\n# more\n")
+    stamps.append(code.source_stamp())
+    tree("workflow_scripts/recover_images.py", lambda text: text.replace("Recover", "Rekover", 1))
+    stamps.append(code.source_stamp())
+    assert len(set(stamps)) == 3
 
 
 def test_a_script_of_its_own_counts_and_so_does_a_lazy_import(tree):

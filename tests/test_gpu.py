@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from wmdd_core import augmentation, graphs, recovery, relabeling, training
-from wmdd_core.baselines import distil_dc, distil_dm, noise_images
+from wmdd_core.baselines import DcSettings, DmSettings, distil_dc, distil_dm, noise_images
 from wmdd_core.batchnorm import (
     StatisticsAccumulator,
     _FrozenBatchNorm,
@@ -107,7 +107,8 @@ def recover(device: torch.device, name: str, resolution: int = RESOLUTION, **cha
 SETTINGS = {
     "paper": {},
     "released": {"loss_form": "released", "ce_weight": 1.0},
-    "sre2l": {"feature_term": "cross_entropy", "bn_term": "global", "first_bn_multiplier": 10.0},
+    "global": {"bn_term": "global"},
+    "sre2l": {"feature_term": "cross_entropy", "bn_term": "running", "first_bn_multiplier": 10.0},
     "sets": {"feature_term": "mmd_rbf"},
 }
 
@@ -144,11 +145,11 @@ def test_a_recovery_through_the_large_stem_gives_equal_bits_each_time(name):
 
 
 @pytest.mark.parametrize(
-    ("distil", "more"),
-    [(distil_dm, {}), (distil_dc, {"outer_loops": 2, "inner_steps": 2})],
+    ("distil", "kind", "more"),
+    [(distil_dm, DmSettings, {}), (distil_dc, DcSettings, {"outer_loops": 2, "inner_steps": 2})],
     ids=["dm", "dc"],
 )
-def test_a_baseline_distils_as_on_a_cpu(distil, more):
+def test_a_baseline_distils_as_on_a_cpu(distil, kind, more):
     real = torch.randn(CLASSES, 8, 3, RESOLUTION, RESOLUTION, generator=torch_generator("real"))
     start, labels = noise_images(2 * CLASSES, RESOLUTION, (0,)), torch.arange(CLASSES).repeat_interleave(2)
 
@@ -162,7 +163,7 @@ def test_a_baseline_distils_as_on_a_cpu(distil, more):
                 start.to(device),
                 labels,
                 build,
-                {"iterations": 3, "real_batch": 5, **more},
+                kind(iterations=3, real_batch=5, **more),
                 (0, "gpu"),
             )
 

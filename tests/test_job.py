@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT, run_snakemake
 
 from wmdd_core import artifacts
-from wmdd_core.artifacts import write_json, write_tensors
+from wmdd_core.artifacts import write_json
 from wmdd_core.device import precision
 from wmdd_core.errors import UserError
 from workflow_scripts import job as jobs
@@ -109,26 +109,44 @@ def test_work_that_nobody_else_does_is_needed_also_where_files_are(tmp_path):
         assert left
 
 
+def lock_of(job):
+    return Path(job.checkpoints) / f"{job.name}.lock"
+
+
 def test_a_lock_says_who_holds_it(tmp_path):
     job = make_job(tmp_path)
     with jobs._alone(job):
-        assert json.loads(job.checkpoint(".lock").read_text())["pid"] == os.getpid()
-    assert not job.checkpoint(".lock").exists()
+        assert json.loads(lock_of(job).read_text())["pid"] == os.getpid()
+    assert not lock_of(job).exists()
 
 
 def test_a_job_that_fails_leaves_no_lock(tmp_path):
     job = make_job(tmp_path)
     with pytest.raises(UserError), jobs._alone(job):
         raise UserError("an image cannot be read")
-    assert not job.checkpoint(".lock").exists()
+    assert not lock_of(job).exists()
 
 
 def test_a_lock_that_a_killed_job_left_is_taken_over(tmp_path):
     job = make_job(tmp_path)
-    job.checkpoint(".lock").parent.mkdir(parents=True)
-    job.checkpoint(".lock").write_text('{"pid": 1}')
+    lock_of(job).parent.mkdir(parents=True)
+    lock_of(job).write_text('{"pid": 1}')
     with jobs._alone(job):
-        assert json.loads(job.checkpoint(".lock").read_text())["pid"] == os.getpid()
+        assert json.loads(lock_of(job).read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_file_that_its_holder_removes_meanwhile_is_made_anew(tmp_path, monkeypatch):
+    path, lock, removed = tmp_path / "job.lock", jobs.fcntl.lockf, []
+
+    def late(file, how) -> None:
+        lock(file, how)
+        if not removed:
+            removed.append(path.unlink())
+
+    monkeypatch.setattr(jobs.fcntl, "lockf", late)
+    file, _ = jobs._locked(path, "job")
+    with file:
+        assert path.exists()
 
 
 def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
@@ -203,38 +221,36 @@ def test_snakemake_counts_the_gpus_of_this_machine(smoke, tmp_path, monkeypatch)
 # ---- scratch ---------------------------------------------------------------------------------
 
 
-def test_scratch_holds_a_copy_for_as_long_as_the_process_lives(tmp_path, monkeypatch):
+def test_scratch_holds_a_copy_that_no_end_of_the_process_leaves_there(tmp_path, monkeypatch):
     source = tmp_path / "features.npy"
-    source.write_bytes(b"features")
+    np.save(source, np.arange(6))
     (tmp_path / "scratch").mkdir()
     job = make_job(tmp_path, features=str(source))
     monkeypatch.delenv("WMDD_SCRATCH", raising=False)
-    assert job.local("features") == str(source)
+    assert job.mapped("features").filename == str(source)
     monkeypatch.setenv("NODE_DISK", str(tmp_path / "scratch"))
     monkeypatch.setenv("WMDD_SCRATCH", "$NODE_DISK")
-    monkeypatch.setattr(jobs, "_HELD", held := [])
-    copy = Path(job.local("features"))
-    assert copy.read_bytes() == b"features" and (tmp_path / "scratch") in copy.parents
-    held.clear()
-    assert list((tmp_path / "scratch").iterdir()) == []
+    copy = job.mapped("features")
+    assert (tmp_path / "scratch") in Path(copy.filename).parents
+    assert list((tmp_path / "scratch").iterdir()) == []  # though it can still be read
+    source.write_bytes(b"")
+    assert copy.tolist() == list(range(6))
 
 
 def test_real_features_are_drawn_from_the_copy(tmp_path, monkeypatch):
-    """Recovery draws a few rows in each step: what `local` is for."""
+    """Recovery draws a few rows in each step: what `mapped` is for."""
     features = np.arange(20, dtype=np.float32).reshape(10, 2)
     np.save(tmp_path / "features.npy", features)
     write_json(tmp_path / "index.json", {"offsets": [0, 4, 10]}, {})
-    write_tensors(tmp_path / "statistics.safetensors", {"none": torch.zeros(1)}, {"layers": []})
-    names = {"features": "features.npy", "index": "index.json", "statistics": "statistics.safetensors"}
+    names = {"features": "features.npy", "index": "index.json"}
     job = make_job(tmp_path, **{name: str(tmp_path / file) for name, file in names.items()})
     (tmp_path / "scratch").mkdir()
     monkeypatch.setenv("WMDD_SCRATCH", str(tmp_path / "scratch"))
-    monkeypatch.setattr(jobs, "_HELD", held := [])
-    shard, _ = recover_images.build_shard(job, [0, 1], [0], "whole_classes")
-    assert [copy.name for copy in (tmp_path / "scratch").rglob("*.npy")] == ["features.npy"]
+    settings = {"feature_term": "mmd_linear", "bn_term": "none"}
+    shard, _ = recover_images.build_shard(job, settings, [0, 1], [0], "whole_classes")
+    np.save(tmp_path / "features.npy", 0 * features)
     drawn = shard.real_features(1, 6, torch.Generator().manual_seed(0))
     assert torch.equal(drawn, torch.from_numpy(features[4:]))
-    held.clear()
 
 
 # ---- states ----------------------------------------------------------------------------------

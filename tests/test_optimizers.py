@@ -74,7 +74,7 @@ recover_images(model, shard, settings, resolution=8, **names, device=torch.devic
 """,
     "gradient matching": """
 import torch
-from wmdd_core.baselines import distil_dc
+from wmdd_core.baselines import DcSettings, distil_dc
 from wmdd_core.models import build_model
 
 def real(label, count, generator):
@@ -83,7 +83,7 @@ def real(label, count, generator):
 def network(seed):
     return build_model("convnet", 2, 8, seed=seed, width=4)
 
-settings = {"outer_loops": 2, "inner_steps": 1, "iterations": 1, "real_batch": 4}
+settings = DcSettings(outer_loops=2, inner_steps=1, iterations=1, real_batch=4)
 distil_dc(real, torch.zeros(2, 3, 8, 8), torch.arange(2), network, settings, (0,))
 """,
 }

@@ -121,7 +121,7 @@ def test_sre2l_and_the_released_loss_differ_from_wmdd_as_published(preset, datas
     assert sre2l["lambda_bn"] == SRE2L_LAMBDA[dataset]
     assert (sre2l["iterations"], sre2l["first_bn_multiplier"]) == (4000, 10)
     assert sre2l["learning_rate"] == wmdd["learning_rate"] and sre2l["loss_form"] == "released"
-    assert (sre2l["feature_term"], sre2l["bn_term"]) == ("cross_entropy", "global")
+    assert (sre2l["feature_term"], sre2l["bn_term"]) == ("cross_entropy", "running")
     published = {"lambda_bn": 0.05, "learning_rate": 0.4} if dataset == "tiny-imagenet" else {}
     assert cda == {**sre2l, "label": "CDA", "crop_scale_start": 1, **published}
 
@@ -259,7 +259,7 @@ def test_a_network_that_the_costs_lack_is_told_and_not_guessed():
     config["students"]["resnet18"]["architecture"] = "mine"
     job = {"dataset": "imagenette", "method": "wmdd", "ipc": "10", "recipe": "wmdd", "student": "resnet18"}
     told = summarise([("evaluate_student", {**job, "seed": "0"})], config, COSTS)
-    assert "and 1 jobs more" in told and "lacks their network" in told
+    assert "+ 1 of the jobs have no hours here" in told and "lacks their network" in told
 
 
 def test_a_dataset_of_unknown_size_is_told_and_not_guessed():
@@ -267,7 +267,15 @@ def test_a_dataset_of_unknown_size_is_told_and_not_guessed():
     assert planner.cost("pretrain_teacher", {"dataset": "own-images", "teacher": "own_images"}) is None
     jobs = [("pretrain_teacher", {"dataset": "own-images", "teacher": "own_images"}), ("build_page", {})]
     told = summarise(jobs, resolved("own-images"), COSTS)
-    assert "+ and 1 jobs more: only reading the data will tell their size" in told
+    assert "+ 1 of the jobs have no hours here: only reading the data will tell their size" in told
+
+
+@pytest.mark.parametrize(
+    "rule", ["embed_tsne", "measure_distances", "measure_efficiency", "trace_barycenters"]
+)
+def test_a_figure_that_trains_or_times_networks_is_not_planned_as_nothing(rule):
+    told = summarise([(rule, {"figure": "tsne"})], resolved("imagenet1k"), COSTS)
+    assert "+ 1 of the jobs have no hours here" in told and "measure something for a figure" in told
 
 
 def test_a_network_waits_for_the_eight_processes_that_decode():
@@ -299,6 +307,18 @@ def test_the_summary_has_every_job_once():
         "tables and figures": "1",
         "total": "5",
     }
+
+
+@pytest.mark.parametrize("preset", ["tune-digits", "cifar10", "cifar10-gpu"])
+def test_a_search_tries_different_settings(preset):
+    """What `like` takes from the default must not make two lines of a search one."""
+    methods = resolved(preset)["methods"]
+    tried = [n for n, m in methods.items() if "swept" in m and m["kind"] == "recover"]
+    read = {n: {k: v for k, v in methods[n].items() if k not in ("label", "swept")} for n in tried}
+    views = {n: (s["crop_scale_min"], s["roll"]) for n, s in read.items() if re.search("-(whole|views)-", n)}
+    assert views
+    for name, (crop, roll) in views.items():
+        assert (crop == 1 and roll == 0) == ("-whole-" in name), name
 
 
 @pytest.mark.workflow

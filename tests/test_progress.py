@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from wmdd_core import progress as progress_module
 from wmdd_core.progress import RESUMABLE_EXIT, Progress
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +131,19 @@ def test_nothing_is_saved_before_it_is_due(tmp_path):
     for index in range(10):
         progress.step(index, 10, lambda: calls.append("state") or {}, lambda: calls.append("figures") or {})
     assert calls == ["figures"]  # the last line is always told
+
+
+@pytest.mark.parametrize("first", [0, 500])
+def test_states_and_lines_come_once_an_interval(tmp_path, monkeypatch, capsys, first):
+    now, saved = [0.0], []
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    progress = Progress("sum", tmp_path / "state.pt", report_every=10, save_every=60)
+    for index in range(first, first + 200):
+        now[0] += 1.0
+        progress.step(index, 1000, lambda: saved.append(index) or {}, dict)  # noqa: B023
+    assert [index - first for index in saved] == [59, 119, 179]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 20 and lines[0].endswith(f"10 s, {990 - first} s left")
 
 
 def test_without_a_checkpoint_nothing_is_kept(capsys):

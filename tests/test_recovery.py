@@ -13,7 +13,7 @@ from wmdd_core import recovery
 from wmdd_core.augmentation import Views, apply_views, draw_views
 from wmdd_core.batchnorm import LayerStatistics, batchnorm_layers
 from wmdd_core.device import precision
-from wmdd_core.discrepancies import mmd_linear, mmd_rbf, sliced_wasserstein
+from wmdd_core.discrepancies import mmd_linear, mmd_rbf, random_directions, sliced_wasserstein
 from wmdd_core.errors import UserError
 from wmdd_core.models import build_model, freeze
 from wmdd_core.progress import Progress
@@ -28,7 +28,7 @@ from wmdd_core.recovery import (
     initial_noise,
     recover_images,
 )
-from wmdd_core.seeding import torch_generator
+from wmdd_core.seeding import derive_seed, torch_generator
 
 CLASSES, RESOLUTION, IPC = 5, 8, 3
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
@@ -176,7 +176,7 @@ def written_out(
         frobenius = torch.linalg.matrix_norm(features - shard.atoms)
         total = total + (terms["feature_loss"].sum() if paper else frobenius)
 
-    weight = s.ce_weight + (1 if s.feature_term == "cross_entropy" else 0)
+    weight = 1 if s.feature_term == "cross_entropy" else s.ce_weight
     if weight:
         log_p = logits - logits.exp().sum(1, keepdim=True).log()
         ce = [-sum(log_p[j, c] for j in r) for r, c in zip(rows, shard.classes, strict=True)]
@@ -189,17 +189,22 @@ def written_out(
             loss = 0
             for number, (name, x) in enumerate(inputs.items()):
                 wanted = STATISTICS[name]
-                if s.bn_term == "global":
+                if s.bn_term in ("global", "running"):
                     mean, var = weighted_moments(x, torch.full((len(x),), 1 / len(x), dtype=torch.float64))
-                    gaps = (mean - wanted.global_mean, var - wanted.global_var)
+                    layer = TEACHER.get_submodule(name)
+                    asked = {
+                        "global": (wanted.global_mean, wanted.global_var),
+                        "running": (layer.running_mean, layer.running_var),
+                    }[s.bn_term]
+                    gaps = (mean - asked[0], var - asked[1])
                 else:
                     mean, var = weighted_moments(x[r], shard.weights[r])
                     gaps = (mean - wanted.mean[c], var - wanted.var[c])
                 parts = [(gap**2).sum() if paper else (gap**2).sum().sqrt() for gap in gaps]
                 loss = loss + (s.first_bn_multiplier if number == 0 else 1) * sum(parts)
             per_class.append(loss)
-        # The global term is the same for all; in the paper's sum over classes it counts once for each.
-        terms["bn_loss"] = torch.stack(per_class[:1] if s.bn_term == "global" else per_class)
+        # A term of all images is the same for all; in the paper's sum over classes it counts once for each.
+        terms["bn_loss"] = torch.stack(per_class if s.bn_term == "per_class" else per_class[:1])
         total = total + s.lambda_bn * (sum(per_class) if paper else sum(per_class) / len(per_class))
     return terms, total
 
@@ -213,6 +218,7 @@ FORMS = [
         ("barycenter", "none", {}),
         ("cross_entropy", "per_class", {}),
         ("cross_entropy", "global", {"first_bn_multiplier": 10.0}),
+        ("cross_entropy", "running", {"first_bn_multiplier": 10.0, "ce_weight": 0.7}),
         ("none", "per_class", {"lambda_bn": 0.25}),
         ("barycenter", "per_class", {"ce_weight": 0.7, "first_bn_multiplier": 4.0}),
     ]
@@ -254,21 +260,23 @@ def test_the_gradient_is_that_of_the_formulas_by_finite_differences(form):
 
 
 def test_sre2l_is_its_published_loss():
-    """Cross-entropy + r Σ_l m_l (‖Δvar‖₂ + ‖Δmean‖₂) over the batch, m = 10 on the first layer."""
+    """Cross-entropy + r Σ_l m_l (‖Δvar‖₂ + ‖Δmean‖₂) over the batch, m = 10 on the first layer; Δ to the
+    teacher's running averages, so that no statistics of real images are needed."""
     settings = settings_of(
         feature_term="cross_entropy",
-        bn_term="global",
+        bn_term="running",
         loss_form="released",
         lambda_bn=0.01,
         first_bn_multiplier=10,
     )
-    shard, images = shard_of([0, 1, 2, 3, 4], [1]), viewed_images(5)
+    shard, images = shard_of([0, 1, 2, 3, 4], [1], statistics={}), viewed_images(5)
     _, total = Objective(TEACHER, shard, settings, SEED, CPU)(images, 0)
     _, inputs, logits = forward(images.double())
     wanted = F.cross_entropy(logits, torch.arange(5))
     for (name, x), multiplier in zip(inputs.items(), (10, 1), strict=True):
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        gap = (var - STATISTICS[name].global_var).norm() + (mean - STATISTICS[name].global_mean).norm()
+        layer = TEACHER.get_submodule(name)
+        gap = (var - layer.running_var).norm() + (mean - layer.running_mean).norm()
         wanted = wanted + 0.01 * multiplier * gap
     torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=0)
 
@@ -344,7 +352,7 @@ def test_exact_match_has_no_loss_and_a_finite_gradient():
 @pytest.mark.parametrize("term", SET_TERMS)
 def test_set_terms_are_the_discrepancies_of_each_class_times_its_images(term):
     settings, shard, images = (
-        settings_of(feature_term=term, real_batch=10),
+        settings_of(feature_term=term, real_batch=10, directions=7),
         shard_of([3, 1]),
         viewed_images(6),
     )
@@ -361,7 +369,7 @@ def test_set_terms_are_the_discrepancies_of_each_class_times_its_images(term):
             "mmd_linear": lambda own, real: mmd_linear(own, real),
             "mmd_rbf": lambda own, real: squared_distance(own, real) * mmd_rbf(own, real),
             "sliced_wasserstein": lambda own, real, g=generator: (
-                DIMENSION * sliced_wasserstein(own, real, generator=g, count=128)
+                DIMENSION * sliced_wasserstein(own, real, directions=random_directions(DIMENSION, 7, g))
             ),
         }[term](own, real)
         torch.testing.assert_close(terms["feature_loss"][g], 3 * wanted)
@@ -589,6 +597,14 @@ def test_the_curriculum_reaches_the_views():
     assert areas[-50:].min() < 0.25 and areas[-50:].mean() == pytest.approx(0.5, abs=0.1)
 
 
+def test_the_curriculum_goes_on_in_the_next_block():
+    settings = settings_of(iterations=2 * VIEW_BLOCK, crop_scale_min=0.08, crop_scale_start=1.0)
+    views = ShardViews(shard_of([0, 1, 2, 3, 4]), settings, 32, SEED)
+    late = [views.at(t).box for t in range(2 * VIEW_BLOCK - 50, 2 * VIEW_BLOCK)]
+    areas = torch.stack([box[:, 2] * box[:, 3] / 32**2 for box in late])
+    assert areas.min() < 0.25  # the bound is 0.08 here; begun anew it would be 0.54
+
+
 def test_without_curriculum_the_scale_is_constant():
     scales = settings_of(crop_scale_min=0.5)
     generator = torch_generator(*SEED, "recovery views", 0, 0)
@@ -757,7 +773,8 @@ def test_global_terms_belong_to_all_classes():
     ("changes", "message"),
     [
         ({"feature_term": "barycentre"}, "feature_term is 'barycentre'; known are barycenter"),
-        ({"bn_term": "perclass"}, "bn_term is 'perclass'; known are per_class, global, none"),
+        ({"bn_term": "perclass"}, "bn_term is 'perclass'; known are per_class, global, running, none"),
+        ({"crop_scale_start": 0.5}, "crops shrink from it to crop_scale_min"),
         ({"loss_form": "squared"}, "loss_form is 'squared'; known are paper, released"),
         ({"lambda_bn": -1.0}, "lambda_bn is -1.0"),
         ({"lambda_bn": math.nan}, "lambda_bn is nan"),
@@ -768,6 +785,24 @@ def test_global_terms_belong_to_all_classes():
 def test_settings_that_make_no_sense_are_told(changes, message):
     with pytest.raises(UserError, match=message):
         settings_of(**changes)
+
+
+def test_a_teacher_without_batchnorm_is_told():
+    model = build_model("convnet", CLASSES, RESOLUTION, seed=0, width=5, depth=2, norm="instance")
+    with pytest.raises(UserError, match="no BatchNorm layer; set bn_term: none"):
+        Objective(freeze(model), shard_of([0], statistics={}), settings_of(), SEED, CPU)
+
+
+def test_set_terms_draw_anew_in_each_step():
+    seeds = []
+
+    def recorded(c: int, count: int, generator: torch.Generator) -> torch.Tensor:
+        seeds.append(generator.initial_seed())
+        return real_features(c, count, generator)
+
+    settings = settings_of(iterations=4, feature_term="mmd_linear", bn_term="none", real_batch=5)
+    recover(shard_of([1, 4], real_features=recorded), settings)
+    assert seeds == [derive_seed(*SEED, "real features", c, t) for t in range(4) for c in (1, 4)]
 
 
 def test_a_barycenter_term_needs_atoms():

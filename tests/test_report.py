@@ -252,7 +252,7 @@ def test_cells_of_different_versions_of_a_dataset_are_refused(tmp_path):
 def test_file_that_is_no_evaluation_is_refused_by_name(tmp_path, content):
     results = Results(tmp_path, [make_cell()])
     results.path(make_cell(), 0).write_text(content)
-    with pytest.raises(UserError, match="seed0.json is no evaluation"):
+    with pytest.raises(UserError, match="seed0.json is (no evaluation|damaged)"):
         results.tabulate()
 
 
@@ -488,6 +488,9 @@ def test_sweeps_without_a_common_axis_are_refused():
         plot_sweep.draw(rows, swept, LABELS)
     with pytest.raises(UserError, match="no measured member of a sweep"):
         plot_sweep.draw(rows, {}, LABELS)
+    rows, swept = sweep_rows([("digits", "all")])  # a ceiling with several rates: no images per class
+    with pytest.raises(UserError, match="no measured member of a sweep"):
+        plot_sweep.draw(rows, swept, LABELS)
 
 
 def test_saving_without_dates(tmp_path):
@@ -553,7 +556,7 @@ def test_gallery_shows_the_stored_pixels_and_lists_them(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value", "title"),
-    [("lambda_bn", 0.1, "λ = 0.1"), ("loss_form", "released", "loss_form = released")],
+    [("lambda_bn", 0.1, "λ = 0.1"), ("loss_form", "released", "loss form = released")],
 )
 def test_members_of_a_sweep_are_told_apart_by_their_value(tmp_path, key, value, title):
     job, _ = make_gallery(tmp_path)

@@ -31,9 +31,9 @@ from workflow_scripts import (
 )
 from workflow_scripts.distilled_sets import embed_images
 from workflow_scripts.job import Job
-from workflow_scripts.real_images import load_teacher, normalisation, open_images
+from workflow_scripts.real_images import draw_random, load_teacher, normalisation, open_images
 from workflow_scripts.recover_images import build_shard
-from workflow_scripts.select_images import draw_random, nearest_rows
+from workflow_scripts.select_images import nearest_rows
 
 CPU, IPC = torch.device("cpu"), 12
 OUTPUT = {
@@ -106,7 +106,9 @@ def test_a_barycenter_is_that_of_its_classes_features_by_its_seed(road, labels):
 
 @pytest.mark.parametrize(("numbers", "layout"), [(range(IPC), "whole_classes"), ([4, 5], "one_per_class")])
 def test_a_shard_pairs_atoms_weights_and_statistics(road, labels, numbers, layout):
-    shard, _ = build_shard(road.job("recover_images", {}, {}), [4, 2], list(numbers), layout)
+    job, settings = road.job("recover_images", {}, {}), {"feature_term": "barycenter", "bn_term": "per_class"}
+    shard, _ = build_shard(job, settings, [4, 2], list(numbers), layout)
+    assert shard.real_features is None
     arrays, _ = read_arrays(road.files["barycenters"][0])
     for row, (g, i) in enumerate(zip(shard.group.tolist(), shard.index.tolist(), strict=True)):
         place = [2, 3, 4].index([4, 2][g])
@@ -117,6 +119,9 @@ def test_a_shard_pairs_atoms_weights_and_statistics(road, labels, numbers, layou
         assert all(torch.equal(v, statistics[f"{name}.{part}"]) for part, v in vars(layer).items())
         assert (layer.var >= 0).all() and (layer.mean < 0).any()
     assert shard.batch is None if layout == "whole_classes" else shard.batch.tolist() == [0, 1, 0, 1]
+    settings = {"feature_term": "mmd_rbf", "bn_term": "running"}
+    shard, _ = build_shard(job, settings, [4, 2], list(numbers), layout)
+    assert shard.atoms is None and not shard.statistics
     drawn = shard.real_features(4, 10, torch.Generator().manual_seed(0))
     own = np.load(road.files["features"])[labels == 4]
     assert len(drawn) == 10 and all((own == row.numpy()).all(1).any() for row in drawn)
@@ -176,7 +181,8 @@ def test_baselines_compare_a_class_with_its_own_images(road, labels, monkeypatch
     monkeypatch.setattr(distil_baseline, f"distil_{kind}", loop)
     description = read_json(road.files["description"])
     store = open_images(road.job("distil_baseline", {}, {}), description, "train")
-    made = distil_baseline.distil(kind, {}, description, store, 2, {}, (0, "digits"), CPU, None)
+    settings = {"outer_loops": 1, "inner_steps": 1} if kind == "dc" else {}
+    made = distil_baseline.distil(kind, settings, description, store, 2, {}, (0, "digits"), CPU, None)
     images = normalise(training_images(road), *normalisation(description))
     found = [rows_of(image, images)[0] for image in given["real"](3, 5, torch.Generator().manual_seed(0))]
     assert set(labels[found]) == {3} and len(set(found)) == 5
@@ -194,10 +200,10 @@ def test_recovery_is_given_batches_start_precision_and_progress(road, labels, tm
         return Recovered(named["initial"], {"bn_loss": torch.zeros(1, 1)})
 
     monkeypatch.setattr(recover_images, "recover_images", recover)
-    needed = ("description", "train", "teacher", "statistics")
+    needed = ("description", "train", "teacher")
     monkeypatch.setattr(road, "files", {name: road.files[name] for name in needed})
     settings = {
-        **{"feature_term": "cross_entropy", "bn_term": "global", "loss_form": "released", "lambda_bn": 1},
+        **{"feature_term": "cross_entropy", "bn_term": "running", "loss_form": "released", "lambda_bn": 1},
         **{"iterations": 1, "learning_rate": 0.1, "crop_scale_min": 1, "roll": 0, "flip": False, "seed": 0},
         **{"start": "real", "precision": "bfloat16"},
         "sharding": {"classes": 10, "batch_size": 20, "batch_layout": "one_per_class"},

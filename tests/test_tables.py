@@ -27,6 +27,7 @@ from workflow_scripts import (
     extract_features,
     measure_efficiency,
     pretrain_teacher,
+    recover_images,
     tabulate_cost,
     tabulate_hyperparameters,
 )
@@ -120,7 +121,7 @@ RECOVER = {
     "roll": 1,
     "start": "noise",
 }
-SRE2L = {**RECOVER, "feature_term": "cross_entropy", "bn_term": "global"}
+SRE2L = {**RECOVER, "feature_term": "cross_entropy", "bn_term": "running"}
 DM = {
     "kind": "dm",
     "iterations": 999,
@@ -226,7 +227,7 @@ def test_a_baseline_is_timed_on_one_image_per_class_with_its_loops_and_the_teach
     measure_efficiency.measure_method(efficiency_job, method)
     ((labels, network, settings),) = called
     assert labels == list(range(10))
-    assert (settings.get("outer_loops"), settings.get("inner_steps")) == loops
+    assert tuple(getattr(settings, key, None) for key in ("outer_loops", "inner_steps")) == loops
     teacher, _ = load_teacher(efficiency_job.input["teacher"], torch.device("cpu"))
     assert shapes(network) == shapes(teacher)
 
@@ -234,7 +235,7 @@ def test_a_baseline_is_timed_on_one_image_per_class_with_its_loops_and_the_teach
 @pytest.mark.parametrize("method", ["sre2l", "wmdd"])
 def test_recovery_is_timed_on_one_image_per_class_with_the_teacher(efficiency_job, monkeypatch, method):
     called = []
-    monkeypatch.setattr(measure_efficiency, "recover_images", lambda *given, **_: called.append(given))
+    monkeypatch.setattr(recover_images, "recover_images", lambda *given, **_: called.append(given))
     measure_efficiency.measure_method(efficiency_job, method)
     ((network, shard, _),) = called
     assert shard.classes[shard.group].tolist() == list(range(10))
@@ -259,7 +260,8 @@ def test_what_precedes_the_first_iteration():
     before = Measured([5.0, 0.25], 0, "", "", "")
     assert preparation_seconds(RECOVER, before) == 5.25
     assert preparation_seconds(SRE2L, before) == 0
-    assert preparation_seconds({**SRE2L, "bn_term": "per_class"}, before) == 5
+    for measured in ("per_class", "global"):
+        assert preparation_seconds({**SRE2L, "bn_term": measured}, before) == 5
     assert preparation_seconds({**SRE2L, "feature_term": "mmd_rbf"}, before) == 5
     assert preparation_seconds(DM, before) == preparation_seconds(DC, before) == 0
 

@@ -1,5 +1,9 @@
 """Training from files and teachers of the user's: what large datasets and users' own work need."""
 
+import os
+import signal
+import subprocess
+import sys
 import urllib.error
 from types import SimpleNamespace
 
@@ -7,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import ROOT
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import resized_crop
@@ -45,7 +50,8 @@ def test_each_file_is_seen_once_in_an_epoch_with_its_label(source):
         batches = file_batches(crops, 4, MEAN, STD, workers=workers, device=device)
         images, labels = (torch.cat(parts) for parts in zip(*batches(3), strict=True))
         values = (images.mean((1, 2, 3)) * 0.25 + 0.5).mul(255).round().long()  # each file has one grey
-        assert sorted(values.tolist()) == [*range(7), *range(100, 107)]
+        order = torch.randperm(14, generator=torch_generator(0, "names", "epoch", 3))
+        assert torch.equal(values, torch.tensor([*range(7), *range(100, 107)])[order])
         assert torch.equal(labels, (values >= 100).long())
 
 
@@ -69,6 +75,12 @@ def test_an_item_is_the_drawn_crop_of_its_image_upright_or_mirrored(tmp_path):
         mirrored.add(flipped)
     assert mirrored == {False, True}
     assert len({crops[item][0].numpy().tobytes() for item in items}) == len(items)
+
+
+def test_without_flips_no_item_is_mirrored():
+    ramp = Image.fromarray(np.tile(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], (40, 1, 3)))
+    crops = FileCrops(SimpleNamespace(image=lambda _: ramp, labels=[0]), 16, (0, "names"), 0.3, False)
+    assert all((crops[epoch, 0][0].float().diff(dim=-1) >= 0).all() for epoch in range(12))
 
 
 @pytest.mark.parametrize(("height", "width"), [(30, 40), (6, 9)], ids=["shrunk", "enlarged"])
@@ -204,7 +216,7 @@ def test_a_pickle_is_not_executed(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_images_are_read_in_order_from_any_start_by_any_number_of_processes(source, workers, monkeypatch):
-    monkeypatch.setattr(real_images, "images_per_pass", lambda _device: 4)
+    monkeypatch.setattr(real_images, "IMAGES_PER_PASS", 4)
     store = ImageStore.from_source(source, 16)
     description = {"mean": MEAN.tolist(), "std": STD.tolist()}
     wanted = normalise(store.read(slice(None)), MEAN, STD)
@@ -214,3 +226,36 @@ def test_images_are_read_in_order_from_any_start_by_any_number_of_processes(sour
         assert positions == tuple(range(start, 14, 4))
         assert torch.equal(torch.cat(images), wanted[start:])
         assert torch.cat(labels).tolist() == store.labels[start:].tolist()
+
+
+READING = """
+import signal, sys, time
+from types import SimpleNamespace
+import numpy as np, torch
+from PIL import Image
+from wmdd_core.training import FileCrops, file_batches
+
+def image(i):
+    time.sleep(0.05)
+    return Image.fromarray(np.zeros((16, 16, 3), np.uint8))
+
+signal.signal(signal.SIGTERM, lambda *_: None)  # as a job that will save its state
+class Source(SimpleNamespace):
+    def __len__(self):
+        return 24
+crops = FileCrops(Source(image=image, labels=[0] * 24), 16, (0, "names"), 0.5, False)
+batches = file_batches(crops, 2, torch.zeros(3), torch.ones(3), workers=2, device=torch.device("cpu"))
+for number, _ in enumerate(batches(0)):
+    print(number, flush=True)
+"""
+
+
+def test_processes_that_decode_go_on_when_the_job_is_told_to_stop():
+    """The batch that is being read is of the step that ends before the state is saved."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", READING]
+    job = subprocess.Popen(command, stdout=pipe, start_new_session=True, env=environment, text=True)
+    assert job.stdout.readline() == "0\n"
+    os.killpg(job.pid, signal.SIGTERM)
+    assert job.communicate(timeout=60)[0].split() == [str(n) for n in range(1, 12)]
+    assert job.returncode == 0

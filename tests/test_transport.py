@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
 
 from benchmarks.startup import imported_by
+from wmdd_core import transport
+from wmdd_core.errors import UserError
 from wmdd_core.transport import project_onto_simplex, solve_transport, squared_cost
 
 
@@ -57,6 +59,12 @@ def test_potentials_are_feasible_tight_and_equal_finite_differences():
         up, down = (solve_transport(a + s * direction, b, cost).value for s in (1, -1))
         wanted = solved.potentials_a[j] - solved.potentials_a[0]
         assert (up - down) / (2 * step) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_an_unsolved_problem_is_refused(monkeypatch):
+    monkeypatch.setattr(transport, "ITERATION_LIMIT", 1)
+    with pytest.raises(UserError, match=r"size \(30, 40\) was not solved"):
+        solve_transport(np.full(30, 1 / 30), np.full(40, 1 / 40), rng(9).random((30, 40)))
 
 
 vectors = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12).map(np.array)

@@ -341,7 +341,7 @@ def test_a_key_that_stands_twice_is_told_with_its_line(tmp_path, text, line, key
     (tmp_path / "twice.yaml").write_text(text, encoding="utf-8")
     done = run_snakemake(tmp_path, "-n", "--configfile", str(tmp_path / "twice.yaml"), preset="")
     assert done.returncode == 1
-    assert f"twice.yaml, line {line}: '{key}' stands there before; merge the two" in done.stderr
+    assert f"twice.yaml, line {line}: the key '{key}' stands there twice; merge the two" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -349,6 +349,8 @@ def test_a_key_that_stands_twice_is_told_with_its_line(tmp_path, text, line, key
     [
         ("figures: {hyperparameters: {methods: [dm]}}", "hyperparameters", "dm is not recovered by the loop"),
         ("students: {convnet: {depth: 5}}", "main", "ConvNet of depth 5 halves 8 pixels below one"),
+        ("teachers: {convnet: {depth: 5}}", "main", "teachers.convnet, dataset digits: a ConvNet of depth 5"),
+        ("students: {convnet_in: {depth: 5}}", "all_methods", "students.convnet_in, dataset digits: a"),
         (
             "methods: {all_real: {batch_size: 1}}",
             "main",
@@ -361,6 +363,11 @@ def test_a_key_that_stands_twice_is_told_with_its_line(tmp_path, text, line, key
             "methods.wmdd: feature_term and bn_term",
         ),
         ("teachers: {convnet: {weights: torchvision}}", "main", "torchvision has none of convnet"),
+        (
+            "teachers: {convnet: {architecture: vit_tiny}}",
+            "main",
+            "methods.sre2l: its teacher convnet has no BatchNorm layer; set bn_term: none",
+        ),
         ("figures: {gallery: {classes: [0, 10]}}", "gallery", "gallery.classes: 10 is not a class of digits"),
         (
             "methods: {ours: {like: wmdd}}\nfigures: {hyperparameters: {methods: [ours]}}",

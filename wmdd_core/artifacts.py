@@ -129,8 +129,19 @@ def write_json(path: Path | str, content: Mapping, header: Mapping) -> None:
 
 
 def read_json(path: Path | str) -> dict:
-    """Read a JSON file; the header is under "header"."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a JSON file; the header is under "header". `UserError` if it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise _damaged(path, error) from error
+
+
+def read_array(path: Path | str) -> np.memmap:
+    """The array of a `.npy` file, memory-mapped for reading; `UserError` if it is damaged."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except ValueError as error:
+        raise _damaged(path, error) from error
 
 
 def write_arrays(path: Path | str, arrays: Mapping[str, np.ndarray], header: Mapping) -> None:

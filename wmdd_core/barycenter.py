@@ -110,7 +110,7 @@ def wasserstein_barycenter(
         if not isinstance(initialisation, str):
             support = initialisation - centre
         else:
-            support = _initial_support(points, size, initialisation, restarts, generator)
+            support = _initial_support(points, centre, size, initialisation, restarts, generator)
         found = _alternate(points, support, weights == "learned", max_iterations, tolerance)
     support, shares, history, converged = found
     seconds = time.perf_counter() - started
@@ -193,8 +193,14 @@ def _polyak_step(gap: float, direction: np.ndarray) -> float:
 
 
 def _initial_support(
-    points: np.ndarray, size: int, initialisation: str, restarts: int, generator: np.random.Generator
+    points: np.ndarray,
+    centre: np.ndarray,
+    size: int,
+    initialisation: str,
+    restarts: int,
+    generator: np.random.Generator,
 ) -> np.ndarray:
+    """A start (size, D) for `points` from which their `centre` has been taken."""
     if initialisation == "kmeans++":
         return _polished_draw(points, size, restarts, generator)
     if initialisation == "kmeans":
@@ -204,7 +210,7 @@ def _initial_support(
         if initialisation == "random_points":
             start = points[generator.choice(len(points), size, replace=False)]
         else:
-            start = generator.standard_normal((size, points.shape[1]))
+            start = generator.standard_normal((size, points.shape[1])) - centre
         starts.append((float(squared_cost(start, points).min(0).mean()), start))
     return min(starts, key=lambda pair: pair[0])[1]
 

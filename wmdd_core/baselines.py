@@ -14,10 +14,8 @@ uninterrupted one bit for bit on the CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from difflib import get_close_matches
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +35,9 @@ BuildNetwork = Callable[[int], Classifier]
 
 DC_LOOPS = {1: (1, 1), 10: (10, 50), 50: (50, 10)}
 """IPC → (outer_loops, inner_steps) of DC as published."""
+
+NETWORK_BATCH = 256
+"""Distilled images in a step of the network that DC trains."""
 
 CHECK_EVERY = 50
 """Losses stay on the device for this many iterations before they are looked at."""
@@ -61,25 +62,23 @@ class Augmentation:
     draw: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
-def draw_augmentation(strategy: Sequence[str], generator: torch.Generator) -> Augmentation:
-    """Draw one of the augmentations named in `strategy`, and its strength, from a CPU generator.
+def draw_augmentation(names: Sequence[str], generator: torch.Generator) -> Augmentation:
+    """Draw one of the augmentations named in `names`, and its strength, from a CPU generator.
 
     As published, each draw is a single augmentation: `colour` (brightness within ±0.5 in normalised
     units, saturation 0–2, contrast 0.5–1.5), `crop` (a shift by up to 1/8 of the side, zeros move
     in), `cutout` (a square of half the side set to zero), `flip` (left to right, probability 0.5),
-    `scale` (each axis by 1/1.2–1.2), `rotate` (±15°). An empty strategy is the identity.
+    `scale` (each axis by 1/1.2–1.2), `rotate` (±15°). Without names it is the identity.
 
     Raises `UserError` for an unknown name.
     """
-    for name in strategy:
+    for name in names:
         if name not in AUGMENTATIONS:
             raise UserError(
-                f"unknown augmentation {name!r} in strategy; known are {', '.join(AUGMENTATIONS)}"
+                f"unknown augmentation {name!r} in augmentation; known are {', '.join(AUGMENTATIONS)}"
             )
     choice, *draw = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-    return (
-        Augmentation(strategy[int(choice * len(strategy))], tuple(draw)) if strategy else Augmentation(None)
-    )
+    return Augmentation(names[int(choice * len(names))], tuple(draw)) if names else Augmentation(None)
 
 
 def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
@@ -157,40 +156,14 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, tuple[float, float, float]], Tensor]]
 class DmSettings:
     """DM as published; the learning rate is 10 from 100 images per class on.
 
-    `real_batch`: real images per class and iteration. `strategy`: see `draw_augmentation`.
-    `classes_per_batch`: classes that pass through the network together; a matter of speed and memory
-    for networks without BatchNorm, and part of what the statistics mean for those with it.
+    `real_batch`: real images per class and iteration. `augmentation`: see `draw_augmentation`.
     """
 
     iterations: int = 20_000
     real_batch: int = 256
     learning_rate: float = 1.0
     momentum: float = 0.5
-    strategy: Sequence[str] = tuple(AUGMENTATIONS)
-    classes_per_batch: int = 1
-
-
-def dm_loss(
-    features_real: Tensor,
-    features_distilled: Tensor,
-    group_real: Tensor,
-    group_distilled: Tensor,
-    groups: int,
-) -> Tensor:
-    """DM's loss Σ_c ‖mean φ(real_c) − mean φ(distilled_c)‖², a scalar in squared feature units.
-
-    Features (N, D) and (M, D); `group_real` (N,) and `group_distilled` (M,) hold each image's class as
-    a number from 0 to `groups` − 1. A class without images on one side makes the loss NaN.
-    """
-    real = _group_means(features_real, group_real, groups)
-    distilled = _group_means(features_distilled, group_distilled, groups)
-    return (real - distilled).square().sum()
-
-
-def _group_means(features: Tensor, group: Tensor, groups: int) -> Tensor:
-    # A matrix product, since scattered additions are not reproducible on a GPU.
-    member = F.one_hot(group, groups).T.to(features)
-    return member @ features / member.sum(1, keepdim=True)
+    augmentation: Sequence[str] = tuple(AUGMENTATIONS)
 
 
 def distil_dm(
@@ -198,7 +171,7 @@ def distil_dm(
     initial: Tensor,
     labels: Tensor,
     build_network: BuildNetwork,
-    settings: Mapping[str, object],
+    settings: DmSettings,
     seed_names: tuple,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -209,49 +182,27 @@ def distil_dm(
 
     real: see `RealImages`. initial: (M, 3, R, R) normalised, as published real images. labels: (M,)
     class indices. build_network: see `BuildNetwork`; ConvNet-3 of width 128 with InstanceNorm as
-    published. settings: the fields of `DmSettings`. Everything random derives from `seed_names`.
+    published. Everything random derives from `seed_names`.
 
     Returns the images (M, 3, R, R) and the losses (iterations,), both on the CPU. Raises `UserError`
-    for unknown settings, unfitting images and a loss that is not finite.
+    for unfitting images and a loss that is not finite.
     """
-    chosen = _read_settings(DmSettings, settings, "dm")
     members = _members(initial, labels)
-    classes = list(members)
-    blocks = [
-        classes[start : start + chosen.classes_per_batch]
-        for start in range(0, len(classes), chosen.classes_per_batch)
-    ]
 
     def iterate(iteration: int, images: Tensor, update: Callable[[], None]) -> Tensor:
         network = _fresh_network(build_network, images, seed_names, iteration).requires_grad_(False)
         total = images.new_zeros(())
-        for block in blocks:
-            pairs = [
-                _augmented_pair(real, images, members[label], label, chosen, (*seed_names, iteration))
-                for label in block
-            ]
-            batches_real, batches_distilled = zip(*pairs, strict=True)
+        for label, member in members.items():
+            batches = _augmented_pair(real, images, member, label, settings, (*seed_names, iteration))
             with torch.no_grad():
-                features_real = network.features(torch.cat(batches_real)).flatten(1)
-            features_distilled = network.features(torch.cat(batches_distilled)).flatten(1)
-            loss = dm_loss(
-                features_real,
-                features_distilled,
-                _number_batches(batches_real),
-                _number_batches(batches_distilled),
-                len(block),
-            )
+                wanted = network.features(batches[0]).mean(0)
+            loss = (wanted - network.features(batches[1]).mean(0)).square().sum()
             loss.backward()
             total = total + loss.detach()
         update()
         return total
 
-    return _optimise("dm", initial, chosen, iterate, progress)
-
-
-def _number_batches(batches: Sequence[Tensor]) -> Tensor:
-    lengths = torch.tensor([len(batch) for batch in batches])
-    return torch.arange(len(batches)).repeat_interleave(lengths).to(batches[0].device)
+    return _optimise("dm", initial, settings, iterate, progress)
 
 
 # DC
@@ -263,7 +214,7 @@ class DcSettings:
 
     `iterations`: networks that are drawn. `outer_loops`: image updates along the training of one
     network. `inner_steps`: passes of the network over the distilled set between two image updates, in
-    batches of `network_batch`. `strategy`: see `draw_augmentation`; DC itself uses none.
+    batches of `NETWORK_BATCH`. `augmentation`: see `draw_augmentation`; DC itself uses none.
     """
 
     outer_loops: int
@@ -273,8 +224,7 @@ class DcSettings:
     learning_rate: float = 0.1
     momentum: float = 0.5
     network_learning_rate: float = 0.01
-    network_batch: int = 256
-    strategy: Sequence[str] = ()
+    augmentation: Sequence[str] = ()
 
 
 def gradient_distance(
@@ -300,7 +250,7 @@ def distil_dc(
     initial: Tensor,
     labels: Tensor,
     build_network: BuildNetwork,
-    settings: Mapping[str, object],
+    settings: DcSettings,
     seed_names: tuple,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -310,30 +260,29 @@ def distil_dc(
     images on `gradient_distance`, class by class, and `inner_steps` passes of the network over the
     distilled set (none after the last image step).
 
-    Arguments and errors as in `distil_dm`, with the fields of `DcSettings` and, as published, images
-    that start from noise (`noise_images`). Returns the images (M, 3, R, R) and the losses (iterations,),
-    summed over classes and averaged over the outer loops, both on the CPU.
+    Arguments and errors as in `distil_dm`; as published, images start from noise (`noise_images`). Returns
+    the images (M, 3, R, R) and the losses (iterations,), summed over classes and averaged over the outer
+    loops, both on the CPU.
     """
-    chosen = _read_settings(DcSettings, settings, "dc")
     members = _members(initial, labels)
     labels = labels.to(initial.device)
 
     def iterate(iteration: int, images: Tensor, update: Callable[[], None]) -> Tensor:
         network = _fresh_network(build_network, images, seed_names, iteration)
         total = images.new_zeros(())
-        for loop in range(chosen.outer_loops):
+        for loop in range(settings.outer_loops):
             names = (*seed_names, iteration, loop)
             for label, member in members.items():
-                batches = _augmented_pair(real, images, member, label, chosen, names)
+                batches = _augmented_pair(real, images, member, label, settings, names)
                 distance = gradient_distance(*_weight_gradients(network, batches, label))
                 distance.backward(inputs=[images])
                 total = total + distance.detach()
             update()
-            if loop + 1 < chosen.outer_loops:
-                _train_network(network, images.detach(), labels, chosen, names)
-        return total / chosen.outer_loops
+            if loop + 1 < settings.outer_loops:
+                _train_network(network, images.detach(), labels, settings, names)
+        return total / settings.outer_loops
 
-    return _optimise("dc", initial, chosen, iterate, progress)
+    return _optimise("dc", initial, settings, iterate, progress)
 
 
 def noise_images(count: int, resolution: int, seed_names: tuple) -> Tensor:
@@ -363,29 +312,14 @@ def _train_network(
     for step in range(settings.inner_steps):
         generator = torch_generator(*names, "train network", step)
         order = torch.randperm(len(images), generator=generator).to(images.device)
-        for batch in order.split(settings.network_batch):
-            viewed = augment(images[batch], draw_augmentation(settings.strategy, generator))
+        for batch in order.split(NETWORK_BATCH):
+            viewed = augment(images[batch], draw_augmentation(settings.augmentation, generator))
             optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(network(viewed), labels[batch]).backward()
             optimizer.step()
 
 
 # What both share
-
-Settings = TypeVar("Settings", DmSettings, DcSettings)
-
-
-def _read_settings(kind: type[Settings], given: Mapping[str, object], method: str) -> Settings:
-    known = {f.name: f.default is MISSING for f in fields(kind)}
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise UserError(f"{method}: unknown setting {name!r}; {hint}")
-    missing = [name for name, required in known.items() if required and name not in given]
-    if missing:
-        raise UserError(f"{method}: missing settings {', '.join(missing)}; published by IPC: {DC_LOOPS}")
-    return kind(**given)
 
 
 def _members(images: Tensor, labels: Tensor) -> dict[int, Tensor]:
@@ -421,7 +355,7 @@ def _augmented_pair(
             f"received real images {tuple(batch.shape)} of class {label} for distilled images "
             f"{tuple(images.shape)}; give at least one real image of the same size"
         )
-    augmentation = draw_augmentation(settings.strategy, torch_generator(*names, "augmentation", label))
+    augmentation = draw_augmentation(settings.augmentation, torch_generator(*names, "augmentation", label))
     batch = batch.to(images.device, images.dtype, non_blocking=True)
     return augment(batch, augmentation), augment(images[member], augmentation)
 

@@ -16,30 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from wmdd_core.artifacts import replacing
+from wmdd_core.artifacts import read_array, replacing
 from wmdd_core.errors import UserError
-from wmdd_core.layouts import class_count, class_folders, compare_names, image_files, other_files
+from wmdd_core.layouts import class_folders, compare_names, image_files, other_files
 from wmdd_core.sources import FileSource, ImageSource, PackedNames, UnreadableImage, open_source, to_rgb
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "ImageSource",
-    "ImageStore",
-    "UnreadableImage",
-    "centre_view",
-    "class_count",
-    "decode",
-    "decode_to",
-    "describe",
-    "open_source",
-    "quantise",
-    "read_image_folder",
-]
-
-OnProgress = Callable[[int, int], None]
-"""Called with the number of images done and their total."""
 
 _CHUNK = 64
 
@@ -97,9 +80,7 @@ def _map_chunks(
             yield waiting.popleft().result()
 
 
-def describe(
-    settings: Mapping[str, Any], workers: int = 1, progress: OnProgress | None = None
-) -> dict[str, Any]:
+def describe(settings: Mapping[str, Any], workers: int = 1) -> dict[str, Any]:
     """Read every image of both splits and say what the dataset is, ready for JSON.
 
     source, classes (in label order), titles, resolution; train and test: count, per_class and the
@@ -122,7 +103,7 @@ def describe(
         raise UserError(
             f"root: {settings['root']} holds one class, {classes[0]}; at least two classes are needed"
         )
-    total, done = sum(map(len, splits.values())), 0
+    total = sum(map(len, splits.values()))
     sums, sizes, unreadable = np.zeros((2, 3), dtype=np.int64), [], []
     for split, source in splits.items():
         measured = resolution if split == "train" and (mean is None or std is None) else None
@@ -132,9 +113,6 @@ def describe(
             sums += part_sums
             sizes.append(part_sizes)
             unreadable += part_unreadable
-            done += len(part_sizes) + len(part_unreadable)
-            if progress is not None:
-                progress(done, total)
     if unreadable:
         if settings.get("on_unreadable", "stop") == "stop":
             raise UserError(_stop_message(unreadable, total))
@@ -264,13 +242,7 @@ def decode(
     return images
 
 
-def decode_to(
-    path: str | Path,
-    source: ImageSource,
-    resolution: int,
-    workers: int = 1,
-    progress: OnProgress | None = None,
-) -> None:
+def decode_to(path: str | Path, source: ImageSource, resolution: int, workers: int = 1) -> None:
     """Write `decode(source, resolution)` to the .npy file `path`, a chunk at a time.
 
     The file appears under its name when it is complete. Raises `UserError` where it cannot be written.
@@ -283,12 +255,8 @@ def decode_to(
         with replacing(path) as unfinished, open(unfinished, "wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            done = 0
             for views in _map_chunks(task, source, np.arange(len(source)), workers):
                 file.write(views.tobytes())
-                done += len(views)
-                if progress is not None:
-                    progress(done, len(source))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -356,11 +324,7 @@ class _MappedReader:
     """Reads rows of a .npy file; pickles as its path, since a memory map would pickle as its content."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} cannot be read ({error}); delete it to have it made again") from error
+        self.path, self.array = path, read_array(path)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         return np.asarray(self.array[indices])  # a list of rows is copied into memory

@@ -20,11 +20,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from wmdd_core.errors import UserError
+from wmdd_core.transport import solve_transport
 
 RBF_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """The factors 2^i, i = −2 … 2, that M3D puts on the kernel's bandwidth."""
-
-MAX_SIMPLEX_STEPS = 10_000_000
 
 EXACT = "donot_use_mm_for_euclid_dist"
 """cdist by differences: the steepest pairs are the closest, where a matrix product loses the digits."""
@@ -114,21 +113,15 @@ def sliced_wasserstein(
     weights_x: Tensor | None = None,
     weights_y: Tensor | None = None,
     *,
-    directions: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    count: int = 128,
+    directions: Tensor,
 ) -> Tensor:
     """Squared sliced 2-Wasserstein distance, the mean over directions θ of W₂²(θᵀx, θᵀy).
 
-    x: (N, D), y: (M, D), weights (N,) and (M,). Either `directions` (D, L) with unit columns or a
-    CPU `generator`, from which `count` directions are drawn. Each W₂² is exact for sets of any sizes
-    and weights, by coupling equal quantiles. Returns a scalar in squared feature units, at most
-    W₂² (for two single points W₂²/D in expectation). The gradient flows to x and y, not to the weights.
+    x: (N, D), y: (M, D), weights (N,) and (M,), `directions` (D, L) with unit columns (`random_directions`).
+    Each W₂² is exact for sets of any sizes and weights, by coupling equal quantiles. Returns a scalar in
+    squared feature units, at most W₂² (for two single points W₂²/D in expectation). The gradient flows to
+    x and y, not to the weights.
     """
-    if (directions is None) == (generator is None):
-        raise UserError("sliced Wasserstein distance: give either directions or a generator")
-    if directions is None:
-        directions = random_directions(x.shape[1], count, generator)
     directions = directions.to(x.dtype).to(x.device)
     sorted_x, order_x = (x @ directions).sort(0)
     sorted_y, order_y = (y @ directions).sort(0)
@@ -174,16 +167,12 @@ def exact_wasserstein(
     x, y = _finite_array(x), _finite_array(y)
     _check_sets(x, y)
     mass_x, mass_y = _mass_array(weights_x, len(x)), _mass_array(weights_y, len(y))
-    # Imported here, since a recovery job that uses the losses above has no use for POT.
-    import ot
+    # Imported here, since a recovery job that uses the losses above has no use for SciPy.
     from scipy.spatial.distance import cdist
 
     # Differences, not the expanded square, which loses the digits of small distances.
     cost = cdist(x, y, "euclidean" if p == 1 else "sqeuclidean")
-    total, log = ot.emd2(mass_x, mass_y, cost, numItermax=MAX_SIMPLEX_STEPS, log=True)
-    if log["warning"] is not None:
-        raise UserError(f"transport between {len(x)} and {len(y)} points: {log['warning']}; use fewer points")
-    return max(float(total), 0.0) ** (1 / p)
+    return max(solve_transport(mass_x, mass_y, cost).value, 0.0) ** (1 / p)
 
 
 @dataclass(frozen=True)

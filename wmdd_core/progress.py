@@ -21,7 +21,7 @@ RESUMABLE_EXIT = 75
 
 
 class Progress:
-    """Reports and saves the state of one loop of `total` steps.
+    """Reports the progress of one loop and saves its state.
 
     A loop asks `resume` for a state to go on from and calls `step` after each step. `checkpoint`
     is where states go (None: nowhere); `stamp` identifies the exact settings and inputs, and a

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from wmdd_core.augmentation import Views, apply_views, draw_views
 from wmdd_core.batchnorm import LayerStatistics, Moments, group_moments, record_input_moments
-from wmdd_core.discrepancies import mmd_linear, mmd_rbf, rbf_bandwidth, sliced_wasserstein
+from wmdd_core.discrepancies import mmd_linear, mmd_rbf, random_directions, rbf_bandwidth, sliced_wasserstein
 from wmdd_core.errors import UserError
 from wmdd_core.graphs import replayed
 from wmdd_core.memory import small_blocks_apart
-from wmdd_core.models import Classifier
+from wmdd_core.models import Classifier, batchnorm_layers
 from wmdd_core.optimizers import Adam
 from wmdd_core.progress import Progress
 from wmdd_core.seeding import torch_generator
@@ -48,7 +48,9 @@ CHECK_EVERY = 50
 class RecoverySettings:
     """How to recover. Table 6 of the paper: iterations, learning_rate, lambda_bn; the rest as released.
 
-    `ce_weight` adds cross-entropy to any feature term (the released code: 1; the paper: 0).
+    `bn_term`: "per_class" (WMDD); "running", the averages that the teacher's training left in its layers
+    (SRe2L); "global", exact statistics of all real images, as the per-class ones are of a class's.
+    `ce_weight` adds cross-entropy to another feature term (the released code: 1; the paper: 0).
     `first_bn_multiplier` scales the first layer's part of the BatchNorm term (SRe2L: 10).
     `crop_scale_start` above `crop_scale_min` is CDA's curriculum: the lower bound of the crop scale
     falls from one to the other by a cosine. `roll` is in pixels. `real_batch` is the number of real
@@ -107,7 +109,8 @@ class Shard:
     `classes` (G,) are the class indices present, `group` (M,) the row of `classes` of each image,
     `index` (M,) the image's number within its class, `weights` (M,) what images weigh beside others of
     their class, `atoms` (M, D) the barycenter's support (or None), `real_features(class, count, generator)`
-    draws real features for the set terms, `statistics` holds the real BatchNorm statistics by layer.
+    draws real features for the set terms, `statistics` holds the real images' BatchNorm statistics by layer
+    (empty where `bn_term` needs none).
     `batch` (M,) is the batch of each image, each with images of all `classes` (None: all are one batch).
     """
 
@@ -126,7 +129,7 @@ class Recovered:
     """`images` (M, 3, R, R) normalised float32, and the unscaled loss terms of every step.
 
     `losses` maps feature_loss, bn_loss and ce_loss to (iterations, G), one column a class of the shard
-    (one column in all for the global BatchNorm term).
+    (one column in all for a BatchNorm term that is not per class).
     """
 
     images: Tensor
@@ -288,25 +291,30 @@ class Objective:
         self.batches, cell = int(batch.max()) + 1, batch * len(shard.classes) + shard.group
         cells = torch.arange(self.batches * len(shard.classes))
         self.members = (cells[:, None] == cell).to(device)
-        if settings.bn_term == "global":
-            weights = F.one_hot(batch).T.double()
-        else:
+        if settings.bn_term == "per_class":
             weights = F.one_hot(cell).T * shard.weights.double()
+        else:
+            weights = F.one_hot(batch).T.double()
         self.bn_weights = (weights / weights.sum(1, keepdim=True)).float().to(device)
+        self.layers = batchnorm_layers(model)
         if settings.bn_term != "none":
+            if not self.layers:
+                raise UserError("the teacher has no BatchNorm layer; set bn_term: none")
             self.targets = self._bn_targets()
-            self.channels = [layer.mean.shape[1] for layer in shard.statistics.values()]
 
     def _bn_targets(self) -> Tensor:
-        """Mean and variance to match, every layer's channels side by side: (2, cells, ΣC)."""
+        """Mean and variance to match, every layer's channels side by side: (2, cells or 1, ΣC)."""
 
-        def moments(layer: LayerStatistics) -> Moments:
+        def moments(name: str) -> Moments:
+            if self.settings.bn_term == "running":
+                return self.layers[name].running_mean[None], self.layers[name].running_var[None]
+            real = self.shard.statistics[name]
             if self.settings.bn_term == "global":
-                return layer.global_mean[None], layer.global_var[None]
+                return real.global_mean[None], real.global_var[None]
             classes = self.shard.classes.repeat(self.batches)
-            return layer.mean[classes], layer.var[classes]
+            return real.mean[classes], real.var[classes]
 
-        parts = zip(*map(moments, self.shard.statistics.values()), strict=True)
+        parts = zip(*map(moments, self.layers), strict=True)
         return torch.stack([torch.cat(part, 1) for part in parts]).float().to(self.device)
 
     def __call__(self, viewed: Tensor, step: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -327,7 +335,7 @@ class Objective:
             terms["feature_loss"] = by_cell.sum(0)
             # A tiny floor keeps the gradient of the norm finite when the match is exact.
             total = total + (by_cell.sum() if paper else (by_cell.sum(1) + 1e-12).sqrt().sum())
-        ce_weight = settings.ce_weight + (settings.feature_term == "cross_entropy")
+        ce_weight = 1 if settings.feature_term == "cross_entropy" else settings.ce_weight
         if ce_weight:
             logits = self.model.classifier(features)
             ce = F.cross_entropy(logits.float(), self.labels, reduction="none")
@@ -335,7 +343,7 @@ class Objective:
             total = total + ce_weight * terms["ce_loss"].sum() / (1 if paper else len(ce) / self.batches)
         if settings.bn_term != "none":
             terms["bn_loss"] = self.bn_loss(moments)
-            # The global term counts once for each class, so that λ weighs the same number of images.
+            # A term of all images counts once for each class, so that λ weighs the same number of images.
             scale = len(self.shard.classes) if paper else 1
             total = total + settings.lambda_bn * scale * terms["bn_loss"].mean()
         return terms, total
@@ -362,16 +370,18 @@ class Objective:
                 return count * bandwidth * mmd_rbf(own, real, bandwidth=bandwidth)
             case "sliced_wasserstein":
                 # One direction sees 1/D of a squared distance; D makes the scale that of the others.
-                distance = sliced_wasserstein(own, real, generator=generator, count=self.settings.directions)
+                directions = random_directions(own.shape[1], self.settings.directions, generator)
+                distance = sliced_wasserstein(own, real, directions=directions)
                 return count * features.shape[1] * distance
         raise AssertionError(self.settings.feature_term)
 
     def bn_loss(self, moments: dict[str, Moments]) -> Tensor:
-        """The BatchNorm term of each class (G,), or (1,) for the global statistics, summed over batches."""
+        """The BatchNorm term of each class (G,), or (1,) where it is of all images, summed over batches."""
         # All layers at once: their statistics are small, and a GPU's time would go into starting on each.
-        own = [torch.cat(part, 1) for part in zip(*(moments[n] for n in self.shard.statistics), strict=True)]
+        own = [torch.cat(part, 1) for part in zip(*(moments[n] for n in self.layers), strict=True)]
+        channels = [layer.num_features for layer in self.layers.values()]
         squares = (torch.stack(group_moments((own[0], own[1]), self.bn_weights)) - self.targets).square()
-        layers = torch.stack([layer.sum(-1) for layer in squares.split(self.channels, -1)], -1)
+        layers = torch.stack([layer.sum(-1) for layer in squares.split(channels, -1)], -1)
         if self.settings.loss_form == "released":
             layers = (layers + 1e-12).sqrt()
         layers = layers.sum(0)  # mean and variance

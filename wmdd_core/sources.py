@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -411,12 +411,24 @@ def _one_download(root: Path) -> Iterator[None]:
     """Datasets that share `root` download one after the other: the second finds what the first brought."""
     root.mkdir(parents=True, exist_ok=True)
     path = root / ".download.lock"
-    with open(path, "w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    while True:
+        with open(path, "w") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            if not _still_there(path, file):
+                continue  # its holder has removed it meanwhile: the next to come lock a new file
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _still_there(path: Path, file: IO) -> bool:
+    """Whether `path` is the open `file`, and not another of its name or none."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _no_download(source: str, url: str, root: Path, error: Exception) -> str:

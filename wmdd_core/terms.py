@@ -8,7 +8,9 @@ from wmdd_core.errors import UserError
 SET_TERMS = ("mmd_linear", "mmd_rbf", "sliced_wasserstein")
 """Feature terms that compare a class's set of features with a mini-batch of its real ones."""
 FEATURE_TERMS = ("barycenter", "cross_entropy", *SET_TERMS, "none")
-BN_TERMS = ("per_class", "global", "none")
+BN_TERMS = ("per_class", "global", "running", "none")
+MEASURED_BN_TERMS = ("per_class", "global")
+"""Those that need the real images' statistics; `running` needs the teacher alone."""
 LOSS_FORMS = ("paper", "released")
 
 MEAN = "mean"

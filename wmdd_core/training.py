@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -226,6 +227,11 @@ def real_batches(
     return batches
 
 
+def outlive_sigterm(_worker: int) -> None:
+    """For processes that read for a loop: a cluster signals all of a job, and the loop must end its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class FileCrops(torch.utils.data.Dataset):
     """Training images as files: each is decoded, cropped at random from its full size, resized and mirrored.
 
@@ -270,6 +276,7 @@ def file_batches(
             crops,
             batch_sampler=[part_of_batch(part) for part in chosen if trainable(len(part), len(crops))],
             num_workers=workers if workers > 1 else 0,
+            worker_init_fn=outlive_sigterm,
             pin_memory=device.type == "cuda",
         )
         for images, labels in loader:

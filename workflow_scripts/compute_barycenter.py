@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from wmdd_core.artifacts import read_json, write_arrays
+from wmdd_core.artifacts import read_array, read_json, write_arrays
 from wmdd_core.barycenter import wasserstein_barycenter
 from wmdd_core.errors import UserError
 from wmdd_core.seeding import numpy_generator
@@ -13,7 +13,7 @@ def main(job: Job) -> None:
     settings = dict(job.settings)
     seed, ipc = settings.pop("seed"), int(job.wildcards["ipc"])
     index = read_json(job.input["index"])
-    features = np.load(job.input["features"], mmap_mode="r")
+    features = read_array(job.input["features"])
     first, _, last = job.wildcards["block"].partition("-")
     classes = range(int(first), int(last or first) + 1)
 

@@ -10,14 +10,18 @@ from torch import Tensor
 
 from wmdd_core.artifacts import write_tensors
 from wmdd_core.augmentation import normalise
-from wmdd_core.baselines import distil_dc, distil_dm, noise_images
+from wmdd_core.baselines import DcSettings, DmSettings, distil_dc, distil_dm, noise_images
 from wmdd_core.data import ImageStore
 from wmdd_core.models import build_model
 from wmdd_core.progress import Progress
 from workflow_scripts.job import Job, run
-from workflow_scripts.pretrain_teacher import network_of
-from workflow_scripts.real_images import normalisation, open_images
-from workflow_scripts.select_images import check_class_sizes, draw_random
+from workflow_scripts.real_images import (
+    check_class_sizes,
+    draw_random,
+    network_of,
+    normalisation,
+    open_images,
+)
 
 
 def distil(
@@ -51,12 +55,14 @@ def distil(
     match kind:
         case "dm":
             check_class_sizes(description, names[1], ipc)
-            initial, loop = draw_random(store, labels, index, *names, mean, std), distil_dm
+            initial = draw_random(store, labels, index, *names, mean, std)
+            loop, chosen = distil_dm, DmSettings(**settings)
         case "dc":
-            initial, loop = noise_images(len(labels), description["resolution"], names), distil_dc
+            initial = noise_images(len(labels), description["resolution"], names)
+            loop, chosen = distil_dc, DcSettings(**settings)
         case _:
             raise AssertionError(kind)
-    images, losses = loop(real, initial.to(device), labels, build_network, settings, (*names, kind), progress)
+    images, losses = loop(real, initial.to(device), labels, build_network, chosen, (*names, kind), progress)
     return {
         "images": images,
         "labels": labels,
@@ -69,7 +75,6 @@ def distil(
 def main(job: Job) -> None:
     settings = dict(job.settings)
     kind, seed, network = settings.pop("kind"), settings.pop("seed"), settings.pop("network")
-    settings["strategy"] = settings.pop("augmentation")
     description, ipc = job.description(), int(job.wildcards["ipc"])
     store, names = open_images(job, description, "train"), (seed, job.wildcards["dataset"])
     inputs = [description["header"]]

@@ -20,8 +20,7 @@ from wmdd_core.seeding import derive_seed, numpy_generator
 from wmdd_core.training import fit, hard_label_loss, real_batches
 from workflow_scripts.distilled_sets import DistilledSet, embed_images, read_distilled_sets, real_of_class
 from workflow_scripts.job import Job, run
-from workflow_scripts.pretrain_teacher import network_of, schedule_of
-from workflow_scripts.real_images import normalisation, open_images, resident
+from workflow_scripts.real_images import network_of, normalisation, open_images, resident, schedule_of
 
 REAL_SHOWN = 100
 """Most real images drawn of a class."""

@@ -6,11 +6,12 @@ from wmdd_core.models import build_model
 from wmdd_core.seeding import derive_seed
 from wmdd_core.training import accuracy, fit, hard_label_loss, test_batches
 from workflow_scripts.job import Job, run
-from workflow_scripts.pretrain_teacher import network_of, schedule_of
 from workflow_scripts.real_images import (
+    network_of,
     normalisation,
     open_images,
     resident,
+    schedule_of,
     training_batches,
 )
 

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from wmdd_core.artifacts import read_json, read_tensors, write_json
+from wmdd_core.artifacts import read_array, read_json, read_tensors, write_json
 from wmdd_core.device import precision
 from wmdd_core.models import Classifier, build_model, freeze
 from wmdd_core.progress import Progress
@@ -20,12 +19,13 @@ from wmdd_core.relabeling import (
 from wmdd_core.seeding import derive_seed
 from wmdd_core.training import Curve, accuracy, fit, test_batches
 from workflow_scripts.job import Job, run
-from workflow_scripts.pretrain_teacher import network_of, schedule_of
 from workflow_scripts.real_images import (
     load_teacher,
+    network_of,
     normalisation,
     open_images,
     resident,
+    schedule_of,
 )
 
 
@@ -58,7 +58,7 @@ def train_student(
     if labeller is None:
         batches, loss = hard_label_batches(images, weights, distilled["labels"], **common), mixed_label_loss
     else:
-        logits = np.load(labeller, mmap_mode="r") if isinstance(labeller, str) else freeze(labeller)
+        logits = read_array(labeller) if isinstance(labeller, str) else freeze(labeller)
         batches = soft_label_batches(images, weights, logits, **common, precision=precision(settings, device))
         loss = soft_label_loss(recipe["temperature"])
     student = build_model(**network_of(settings["student"], description), seed=derive_seed(*names)).to(device)

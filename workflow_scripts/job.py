@@ -21,11 +21,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from wmdd_core.artifacts import make_header, read_json
+from wmdd_core.artifacts import make_header, read_array, read_json
 from wmdd_core.code import code_hash, code_variable, source_stamp
 from wmdd_core.digests import digest
 from wmdd_core.errors import UserError
@@ -33,6 +33,7 @@ from wmdd_core.memory import keep_freed_memory
 from wmdd_core.progress import Progress
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -61,7 +62,7 @@ class Job:
     @property
     def name(self) -> str:
         """Rule and wildcards, as paths below a folder are made of them."""
-        return "/".join([self.rule, *(f"{key}-{value}" for key, value in self.wildcards.items())])
+        return job_name(self.rule, self.wildcards)
 
     def description(self) -> dict:
         """The dataset's description among the inputs."""
@@ -73,33 +74,31 @@ class Job:
         used = device.type if device else None
         return make_header(self.rule, self.wildcards, self.settings, self.code, inputs, used, **more)
 
-    def checkpoint(self, suffix: str = ".pt") -> Path:
-        """Where this job keeps its state, outside its outputs, which Snakemake removes before each try."""
-        return Path(self.checkpoints) / (self.name + suffix)
+    def mapped(self, name: str) -> np.ndarray:
+        """Array `name` among the inputs, memory-mapped, to be read at random.
 
-    def local(self, name: str) -> str:
-        """Input `name`, for reading at random: copied to the node's own disk if WMDD_SCRATCH names a folder.
-
-        The copy goes when the process ends.
+        If WMDD_SCRATCH names a folder, a copy on the node's own disk: its name is removed at once, and its
+        place is free again when the process ends, in whatever way.
         """
         scratch = os.environ.get("WMDD_SCRATCH")
         if not scratch:
-            return self.input[name]
-        folder = tempfile.TemporaryDirectory(prefix="wmdd-", dir=os.path.expandvars(scratch))
-        _HELD.append(folder)
-        return shutil.copy(self.input[name], folder.name)
+            return read_array(self.input[name])
+        place = {"prefix": "wmdd-", "dir": os.path.expandvars(scratch)}
+        # NFS keeps a file that is open, and its folder.
+        with tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as folder:
+            return read_array(shutil.copy(self.input[name], folder))
 
     def progress(self, inputs: Iterable[Mapping], **place: str) -> Progress:
         """Report and checkpoint a long loop that depends on these settings and the job's input files alone.
 
         `inputs` are their headers; `place` tells a loop from the others of its job, as wildcards do.
         """
-        loop = replace(self, wildcards={**self.wildcards, **place})
-        vars(loop).update({k: v for k, v in vars(self).items() if k == "device"})  # if it was asked for
-        header = loop.header(inputs)
-        stamp = digest([*(header[k] for k in ("lineage", "devices", "wildcards", "versions")), self._files()])
+        header, name = self.header(inputs), job_name(self.rule, {**self.wildcards, **place})
+        made_by = [header[k] for k in ("lineage", "devices", "wildcards", "versions")]
         save_every = float(os.environ.get("WMDD_SAVE_EVERY", 60))
-        return Progress(loop.name, loop.checkpoint(), stamp, save_every=save_every)
+        # Outside the job's outputs, which Snakemake removes before each try.
+        checkpoint = Path(self.checkpoints) / f"{name}.pt"
+        return Progress(name, checkpoint, digest([*made_by, place, self._files()]), save_every=save_every)
 
     def _files(self) -> list[list]:
         """Size and time of every input file: one made anew by the same settings may hold something else."""
@@ -143,13 +142,18 @@ class Job:
         return device
 
 
+def job_name(rule: str, wildcards: Mapping[str, str]) -> str:
+    """Rule and wildcards, as paths below a folder are made of them."""
+    return "/".join([rule, *(f"{key}-{value}" for key, value in wildcards.items())])
+
+
 def listed(files: str | list[str]) -> list[str]:
     """The files of an input that may hold one or several."""
     return [files] if isinstance(files, str) else list(files)
 
 
 _HELD: list = []
-"""Lock files and temporary folders that live as long as the process."""
+"""Lock files that live as long as the process."""
 
 
 def _free_gpu(count: int) -> int:
@@ -185,15 +189,12 @@ def run(main: Callable[[Job], None]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(given.threads))
     keep_freed_memory()
     job = Job(
-        rule,
-        described["wildcards"],
-        described["input"],
-        described["output"],
-        settings,
-        given.code,
-        described["device"],
-        given.threads,
-        described["checkpoints"],
+        rule=rule,
+        settings=settings,
+        code=given.code,
+        threads=given.threads,
+        device_name=described.pop("device"),
+        **described,
     )
     try:
         check_code(rule)
@@ -242,7 +243,8 @@ def _alone(job: Job):
     Yields whether there is anything left to do: not if the twin has just done it. The file says who holds
     the lock; `workflow_scripts.status` reads it.
     """
-    path, work = job.checkpoint(".lock"), digest([job.settings, job.code, job.device_name, job._files()])
+    path = Path(job.checkpoints) / f"{job.name}.lock"
+    work = digest([job.settings, job.code, job.device_name, job._files()])
     path.parent.mkdir(parents=True, exist_ok=True)
     file, twin = _locked(path, job.name)
     with file:
@@ -269,8 +271,10 @@ def _locked(path: Path, name: str) -> tuple[IO[str], str]:
         file = open(path, "a+")  # noqa: SIM115
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file, holder
+            wait = 0.0
+        except FileNotFoundError:
             wait = 0.0  # its holder has just ended and removed it: the next to come lock a new file
         except OSError as error:
             if error.errno in NO_LOCKS:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wmdd_core.artifacts import read_json, write_text
+from wmdd_core.artifacts import read_array, read_json, write_text
 from wmdd_core.discrepancies import exact_wasserstein, measure_lipschitz_bound, mmd_linear, mmd_rbf
 from wmdd_core.metrics import cross_entropy_lipschitz, mean_squared_distance
 from wmdd_core.models import Classifier, freeze
@@ -129,7 +129,7 @@ def main(job: Job) -> None:
     index = read_json(job.input["index"])
     check_artefact(job, description, job.input["teacher"], teacher_header)
     check_artefact(job, description, job.input["index"], index["header"])
-    features, offsets = np.load(job.input["features"], mmap_mode="r"), index["offsets"]
+    features, offsets = read_array(job.input["features"]), index["offsets"]
     store = open_images(job, description, "train") if "student" in job.settings else None
     sets = read_distilled_sets(job, description)
     freeze(teacher)

@@ -12,11 +12,18 @@ from wmdd_core.artifacts import write_text
 
 MISSING = "–"
 
+SYMBOLS = {"lambda_bn": "λ"}
+
 Row = dict[str, str]
 """A line of a table's CSV as text, empty where there is nothing."""
 
 Shown = Sequence[Sequence[str]]
 """Lines as people read them, the head first; an empty field is missing."""
+
+
+def symbol(key: str) -> str:
+    """A setting as people read it."""
+    return SYMBOLS.get(key, key.replace("_", " "))
 
 
 def write_table(

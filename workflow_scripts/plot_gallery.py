@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from wmdd_core.artifacts import read_tensors, write_text
-from workflow_scripts.checks import check_dataset, check_lineage, check_place
+from workflow_scripts.distilled_sets import check_artefact
 from workflow_scripts.drawing import DPI, class_titles, new_figure, save
 from workflow_scripts.job import Job, listed, run
+from workflow_scripts.plain_tables import symbol
 from workflow_scripts.real_images import open_images
-from workflow_scripts.tabulate_accuracy import SYMBOLS
 
 CLASSES_SHOWN = 10
 IMAGES_SHOWN = 10
@@ -62,11 +62,7 @@ def real_block(job: Job, description: Mapping, classes: Sequence[int], count: in
 def distilled_block(path: str, job: Job, description: Mapping, classes: Sequence[int], count: int) -> Block:
     """The first `count` images of each class in a distilled set of this configuration."""
     tensors, header = read_tensors(path)
-    check_place(path, header, description["header"]["wildcards"])
-    first: dict = {}
-    check_dataset(job.input["description"], description["header"], first)
-    check_dataset(path, header, first)
-    check_lineage(path, header, job.settings["expected"])
+    check_artefact(job, description, path, header)
     method, ipc = header["wildcards"]["method"], header["wildcards"]["ipc"]
     images, lines = [], []
     for c in classes:
@@ -76,7 +72,7 @@ def distilled_block(path: str, job: Job, description: Mapping, classes: Sequence
         lines += [csv_line(method, ipc, c, description, i, f"{w:.6g}") for i, w in enumerate(weights)]
     label = job.settings["labels"]["methods"].get(method, method)
     if swept := job.settings["swept"].get(method):
-        label = f"{SYMBOLS.get(swept['key'], swept['key'])} = {swept['value']}"
+        label = f"{symbol(swept['key'])} = {swept['value']}"
     return Block(label, f"{ipc} image{'s' * (ipc != '1')} per class", images, lines)
 
 

@@ -14,7 +14,7 @@ from wmdd_core.artifacts import write_text
 from wmdd_core.errors import UserError
 from workflow_scripts.drawing import DASHES, MARKERS, new_figure, save
 from workflow_scripts.job import Job, run
-from workflow_scripts.plain_tables import Row, read_rows
+from workflow_scripts.plain_tables import Row, read_rows, symbol
 from workflow_scripts.plot_accuracy import PANELS_ABREAST, panel_titles, panels, select
 
 TITLES = {"lambda_bn": "λ, weight of the BatchNorm term"}
@@ -25,8 +25,8 @@ def swept_rows(rows: Sequence[Row], swept: Mapping) -> list[dict]:
     """The lines of the table whose method is a member of a sweep, with the sweep's entry and the value."""
     found = []
     for row in rows:
-        if row["method"] not in swept or not row["top1_mean"]:
-            continue
+        if row["method"] not in swept or row["ipc"] == "all" or not row["top1_mean"]:
+            continue  # students of all real images have no number of images per class to be drawn by
         member = swept[row["method"]]
         if isinstance(member["value"], bool) or not isinstance(member["value"], int | float):
             raise UserError(
@@ -72,6 +72,7 @@ def draw_panel(
         for other in (o for o in others if o["ipc"] == str(size) and o["top1_mean"]):
             axes.axhline(float(other["top1_mean"]), color=colour, linestyle=":", linewidth=1.2)
             name = labels["methods"].get(other["method"], other["method"])
+            name += f", IPC {size}" if len(tones) > 1 else ""
             place = (1.01, float(other["top1_mean"]))
             axes.annotate(name, place, xycoords=("axes fraction", "data"), va="center")
     axes.set_xscale("log")
@@ -99,7 +100,7 @@ def draw(rows: Sequence[Row], swept: Mapping, labels: Mapping) -> Figure:
         axes.legend()
         if len(found) > 1:
             axes.set_title(titles[number], loc="left")
-        axes.set_xlabel(TITLES.get(keys[0], keys[0]))
+        axes.set_xlabel(TITLES.get(keys[0], symbol(keys[0])))
         if number % across == 0:
             axes.set_ylabel("Top-1 accuracy (%)")
     return figure

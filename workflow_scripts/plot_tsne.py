@@ -46,7 +46,7 @@ def draw(points: pd.DataFrame, labels: Mapping[str, str], classes: Sequence[str]
         axes.spines[["top", "right"]].set_visible(True)
     kinds = [
         Line2D([], [], linestyle="", color="#555555", marker="o", markersize=3.5, label="real"),
-        Line2D([], [], linestyle="", color="#555555", marker="^", markersize=7, label="distilled"),
+        Line2D([], [], linestyle="", color="#555555", marker="^", markersize=5.5, label="distilled"),
     ]
     handles = [
         Line2D([], [], linestyle="", color=colours[c], marker="s", label=t)
@@ -62,7 +62,7 @@ def draw_map(axes: Axes, points: pd.DataFrame, colours: Mapping[int, str]) -> No
     axes.scatter(
         distilled.x,
         distilled.y,
-        s=46,
+        s=30,
         c=distilled["class"].map(colours),
         marker="^",
         edgecolors="black",

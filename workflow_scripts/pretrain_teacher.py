@@ -6,7 +6,6 @@ With several GPUs (WMDD_GPUS) a process on each trains its part of every batch: 
 import os
 import pickle
 import signal
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,27 +19,16 @@ from wmdd_core.errors import UserError
 from wmdd_core.models import Classifier, build_model, load_weights
 from wmdd_core.seeding import derive_seed
 from wmdd_core.sources import UnreadableImage
-from wmdd_core.training import Curve, Schedule, accuracy, fit, hard_label_loss, test_batches
+from wmdd_core.training import Curve, accuracy, fit, hard_label_loss, test_batches
 from workflow_scripts.job import GPU_FULL, Job, gpu_is_full, run
 from workflow_scripts.real_images import (
+    network_of,
     normalisation,
     open_images,
     resident,
+    schedule_of,
     training_batches,
 )
-
-
-def network_of(settings: dict, description: dict) -> dict:
-    """What `build_model` needs to build this network, but for the seed."""
-    shape = {k: settings[k] for k in ("architecture", "width", "depth", "norm") if k in settings}
-    return {**shape, "classes": len(description["classes"]), "resolution": description["resolution"]}
-
-
-def schedule_of(settings: Mapping, decay_matrices_only: bool = False) -> Schedule:
-    """The part of the settings that says how to optimise."""
-    keys = ("epochs", "optimizer", "learning_rate", "momentum", "weight_decay", "smoothing")
-    given = {k: settings[k] for k in keys if k in settings}
-    return Schedule(**given, decay_matrices_only=decay_matrices_only)
 
 
 def load_published(model: Classifier, architecture: str, weights: str) -> None:

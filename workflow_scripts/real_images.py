@@ -1,20 +1,24 @@
-"""Reading a dataset's description and images, for the scripts that need them."""
+"""What several scripts do with a dataset's images, its description, and networks trained on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wmdd_core.artifacts import read_tensors
 from wmdd_core.augmentation import normalise
 from wmdd_core.data import ImageStore
-from wmdd_core.device import images_per_pass
+from wmdd_core.errors import UserError
 from wmdd_core.models import Classifier, build_model, load_weights
+from wmdd_core.seeding import torch_generator
 from wmdd_core.sources import open_described
-from wmdd_core.training import Batch, FileCrops, file_batches, real_batches
+from wmdd_core.training import Batch, FileCrops, Schedule, file_batches, outlive_sigterm, real_batches
 from workflow_scripts.job import Job
+
+IMAGES_PER_PASS = 64  # fits a CPU's caches; a GPU waits for decoding, and larger passes only take memory
 
 
 def open_images(job: Job, description: dict, split: str) -> ImageStore:
@@ -41,6 +45,30 @@ def resident(store: ImageStore, device: torch.device) -> tuple[Tensor, Tensor]:
 def normalisation(description: dict) -> tuple[Tensor, Tensor]:
     """Channel means and deviations in 0..1 units, float32 (3,)."""
     return torch.tensor(description["mean"]), torch.tensor(description["std"])
+
+
+def check_class_sizes(description: dict, dataset: str, ipc: int) -> None:
+    """Raise `UserError` for a class with fewer than `ipc` training images."""
+    for name, count in zip(description["classes"], description["train"]["per_class"], strict=True):
+        if count < ipc:
+            raise UserError(
+                f"class {name!r} of {dataset} has {count} training images, fewer than ipc {ipc}; lower ipc"
+            )
+
+
+def random_rows(store: ImageStore, c: int, seed: int, dataset: str) -> Tensor:
+    """All images of class `c` in a random order: a prefix of it is a random selection of any size."""
+    rows = torch.from_numpy(np.flatnonzero(store.labels == c))
+    return rows[torch.randperm(len(rows), generator=torch_generator(seed, dataset, "select", c))]
+
+
+def draw_random(
+    store: ImageStore, labels: Tensor, index: Tensor, seed: int, dataset: str, mean: Tensor, std: Tensor
+) -> Tensor:
+    """Normalised real images (M, 3, R, R) for classes `labels` (M,) and numbers `index` (M,) within them."""
+    orders = {c: random_rows(store, c, seed, dataset) for c in labels.unique().tolist()}
+    chosen = [orders[c][i] for c, i in zip(labels.tolist(), index.tolist(), strict=True)]
+    return normalise(store.read(torch.stack(chosen).numpy()), mean, std)
 
 
 def training_batches(
@@ -71,13 +99,14 @@ def in_order(
 
     More than one worker are processes that read ahead, in order, while the network is at work.
     """
-    (mean, std), size = normalisation(description), images_per_pass(device)
+    (mean, std), size = normalisation(description), IMAGES_PER_PASS
     passes = [range(p, min(p + size, len(store))) for p in range(start, len(store), size)]
     images_of_passes = torch.utils.data.DataLoader(
         store,
         batch_size=None,
         sampler=passes,
         num_workers=workers if workers > 1 else 0,
+        worker_init_fn=outlive_sigterm,
         pin_memory=device.type == "cuda",
     )
     for chosen, images in zip(passes, images_of_passes, strict=True):
@@ -87,9 +116,20 @@ def in_order(
 
 def load_teacher(path: str, device: torch.device) -> tuple[Classifier, dict]:
     """A teacher and the header of its checkpoint; the header says how to build it."""
-    from wmdd_core.artifacts import read_tensors
-
     weights, header = read_tensors(path)
     model = build_model(**header["network"], seed=0)
     load_weights(model, weights, path)
     return model.to(device), header
+
+
+def network_of(settings: dict, description: dict) -> dict:
+    """What `build_model` needs to build this network, but for the seed."""
+    shape = {k: settings[k] for k in ("architecture", "width", "depth", "norm") if k in settings}
+    return {**shape, "classes": len(description["classes"]), "resolution": description["resolution"]}
+
+
+def schedule_of(settings: Mapping, decay_matrices_only: bool = False) -> Schedule:
+    """The part of the settings that says how to optimise."""
+    keys = ("epochs", "optimizer", "learning_rate", "momentum", "weight_decay", "smoothing")
+    given = {k: settings[k] for k in keys if k in settings}
+    return Schedule(**given, decay_matrices_only=decay_matrices_only)

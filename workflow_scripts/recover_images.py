@@ -1,18 +1,26 @@
 """Recover a shard of distilled images: match barycenters and per-class BatchNorm statistics (Eq. 15)."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from wmdd_core.artifacts import read_arrays, read_json, read_tensors, write_tensors
 from wmdd_core.batchnorm import LayerStatistics
 from wmdd_core.device import precision
-from wmdd_core.errors import UserError
-from wmdd_core.models import freeze
-from wmdd_core.recovery import RecoverySettings, Shard, recover_images
+from wmdd_core.models import Classifier, freeze
+from wmdd_core.progress import Progress
+from wmdd_core.recovery import Recovered, RecoverySettings, Shard, recover_images
 from wmdd_core.sharding import shard_members
+from wmdd_core.terms import MEASURED_BN_TERMS, SET_TERMS
 from workflow_scripts.job import Job, run
-from workflow_scripts.real_images import load_teacher, normalisation, open_images
-from workflow_scripts.select_images import check_class_sizes, draw_random
+from workflow_scripts.real_images import (
+    check_class_sizes,
+    draw_random,
+    load_teacher,
+    normalisation,
+    open_images,
+)
 
 
 def read_barycenters(job: Job, classes: list[int]) -> tuple[dict[int, tuple], list[dict]]:
@@ -26,25 +34,32 @@ def read_barycenters(job: Job, classes: list[int]) -> tuple[dict[int, tuple], li
     return {c: atoms[c] for c in classes}, headers
 
 
-def build_shard(job: Job, classes: list[int], numbers: list[int], layout: str) -> tuple[Shard, list[dict]]:
+def read_statistics(path: str) -> tuple[dict[str, LayerStatistics], dict]:
+    """The real images' BatchNorm statistics by layer, and the header of their file."""
+    tensors, header = read_tensors(path)
+    parts = ("mean", "var", "global_mean", "global_var")
+    return {n: LayerStatistics(*(tensors[f"{n}.{p}"] for p in parts)) for n in header["layers"]}, header
+
+
+def build_shard(
+    job: Job, settings: Mapping, classes: list[int], numbers: list[int], layout: str
+) -> tuple[Shard, list[dict]]:
     """The shard of these classes and image numbers, and the headers of what it is made from."""
-    tensors, header = read_tensors(job.input["statistics"])
-    headers = [header]
-    statistics = {
-        name: LayerStatistics(*(tensors[f"{name}.{p}"] for p in ("mean", "var", "global_mean", "global_var")))
-        for name in header["layers"]
-    }
+    headers, statistics = [], {}
+    if settings["bn_term"] in MEASURED_BN_TERMS:
+        statistics, header = read_statistics(job.input["statistics"])
+        headers.append(header)
     pairs = torch.tensor([(row, i) for row in range(len(classes)) for i in numbers])
     atoms, real_features = None, None
     weights = torch.ones(len(pairs), dtype=torch.float64)
-    if "barycenters" in job.input:
+    if settings["feature_term"] == "barycenter":
         barycenters, found = read_barycenters(job, classes)
         headers += found
         atoms = torch.from_numpy(np.concatenate([barycenters[c][0][numbers] for c in classes]))
         weights = torch.from_numpy(np.concatenate([barycenters[c][1][numbers] for c in classes]))
-    if "features" in job.input:
+    if settings["feature_term"] in SET_TERMS:
         offsets = read_json(job.input["index"])["offsets"]
-        features = np.load(job.local("features"), mmap_mode="r")
+        features = job.mapped("features")
 
         def real_features(c: int, count: int, generator: torch.Generator) -> torch.Tensor:
             size = offsets[c + 1] - offsets[c]
@@ -58,43 +73,51 @@ def build_shard(job: Job, classes: list[int], numbers: list[int], layout: str) -
     ), headers
 
 
-def main(job: Job) -> None:
-    settings = dict(job.settings)
-    seed, sharding, start = settings.pop("seed"), settings.pop("sharding"), settings.pop("start")
-    settings.pop("precision", None)  # `precision` reads it from the job's
-    device = job.device
-    description = job.description()
-    teacher, teacher_header = load_teacher(job.input["teacher"], device)
+def recover(
+    job: Job,
+    description: dict,
+    teacher: Classifier,
+    shard: Shard,
+    settings: dict,
+    names: tuple[int | str, str],
+    progress: Progress,
+) -> Recovered:
+    """Recover the images of `shard`. `settings`: `RecoverySettings` and `start`; `names`: (seed, dataset)."""
     mean, std = normalisation(description)
-    place = (int(job.wildcards["ipc"]), sharding["batch_size"], sharding["batch_layout"])
-    members = shard_members(sharding["classes"], *place, int(job.wildcards["shard"]))
-    shard, headers = build_shard(job, *members, sharding["batch_layout"])
-    if not shard.statistics and settings["bn_term"] != "none":
-        raise UserError(
-            f"teacher {teacher_header['wildcards']['teacher']} has no BatchNorm layer; set bn_term: none"
-        )
-    inputs = [description["header"], teacher_header, *headers]
     initial = None
-    if start == "real":
-        check_class_sizes(description, job.wildcards["dataset"], int(job.wildcards["ipc"]))
+    if settings["start"] == "real":
         store = open_images(job, description, "train")
-        initial = draw_random(
-            store, shard.classes[shard.group], shard.index, seed, job.wildcards["dataset"], mean, std
-        )
-    progress = job.progress(inputs)
-    recovered = recover_images(
+        initial = draw_random(store, shard.classes[shard.group], shard.index, *names, mean, std)
+    return recover_images(
         freeze(teacher),
         shard,
-        RecoverySettings(**settings),
+        RecoverySettings(**{k: v for k, v in settings.items() if k != "start"}),
         resolution=description["resolution"],
         mean=mean,
         std=std,
-        seed_names=(seed, job.wildcards["dataset"]),
-        device=device,
+        seed_names=names,
+        device=job.device,
         initial=initial,
-        precision=precision(job.settings, device),
+        precision=precision(job.settings, job.device),
         progress=progress,
     )
+
+
+def main(job: Job) -> None:
+    settings = dict(job.settings)
+    seed, sharding = settings.pop("seed"), settings.pop("sharding")
+    settings.pop("precision", None)  # `precision` reads it from the job's
+    description = job.description()
+    teacher, teacher_header = load_teacher(job.input["teacher"], job.device)
+    names, ipc = (seed, job.wildcards["dataset"]), int(job.wildcards["ipc"])
+    if settings["start"] == "real":
+        check_class_sizes(description, job.wildcards["dataset"], ipc)
+    place = (ipc, sharding["batch_size"], sharding["batch_layout"])
+    members = shard_members(sharding["classes"], *place, int(job.wildcards["shard"]))
+    shard, headers = build_shard(job, settings, *members, sharding["batch_layout"])
+    inputs = [description["header"], teacher_header, *headers]
+    progress = job.progress(inputs)
+    recovered = recover(job, description, teacher, shard, settings, names, progress)
     tensors = {
         "images": recovered.images,
         "labels": shard.classes[shard.group],

@@ -4,37 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wmdd_core.artifacts import read_json, write_tensors
-from wmdd_core.augmentation import normalise
-from wmdd_core.data import ImageStore
-from wmdd_core.errors import UserError
-from wmdd_core.seeding import derive_seed, torch_generator
+from wmdd_core.artifacts import read_array, read_json, write_tensors
+from wmdd_core.seeding import derive_seed
 from workflow_scripts.job import Job, run
-from workflow_scripts.real_images import open_images
-
-
-def check_class_sizes(description: dict, dataset: str, ipc: int) -> None:
-    """Raise `UserError` for a class with fewer than `ipc` training images."""
-    for name, count in zip(description["classes"], description["train"]["per_class"], strict=True):
-        if count < ipc:
-            raise UserError(
-                f"class {name!r} of {dataset} has {count} training images, fewer than ipc {ipc}; lower ipc"
-            )
-
-
-def random_rows(store: ImageStore, c: int, seed: int, dataset: str) -> Tensor:
-    """All images of class `c` in a random order: a prefix of it is a random selection of any size."""
-    rows = torch.from_numpy(np.flatnonzero(store.labels == c))
-    return rows[torch.randperm(len(rows), generator=torch_generator(seed, dataset, "select", c))]
-
-
-def draw_random(
-    store: ImageStore, labels: Tensor, index: Tensor, seed: int, dataset: str, mean: Tensor, std: Tensor
-) -> Tensor:
-    """Normalised real images (M, 3, R, R) for classes `labels` (M,) and numbers `index` (M,) within them."""
-    orders = {c: random_rows(store, c, seed, dataset) for c in labels.unique().tolist()}
-    chosen = [orders[c][i] for c, i in zip(labels.tolist(), index.tolist(), strict=True)]
-    return normalise(store.read(torch.stack(chosen).numpy()), mean, std)
+from workflow_scripts.real_images import check_class_sizes, open_images, random_rows
 
 
 def nearest_rows(features: np.ndarray, count: int, seed: int) -> Tensor:
@@ -59,7 +32,7 @@ def main(job: Job) -> None:
     store = open_images(job, description, "train")
     inputs, rows = [description["header"]], []
     if job.settings["selection"] == "kmeans":
-        features, index = np.load(job.input["features"], mmap_mode="r"), read_json(job.input["index"])
+        features, index = read_array(job.input["features"]), read_json(job.input["index"])
         inputs.append(index["header"])
         for c in range(len(description["classes"])):
             first, last = index["offsets"][c : c + 2]

@@ -7,7 +7,6 @@ of other settings, code or data is refused by its file name.
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from wmdd_core.metrics import format_mean_sd, mean_and_sd
 from wmdd_core.terms import tell_apart
 from workflow_scripts.checks import ALL, check_dataset, check_lineage, check_place
 from workflow_scripts.job import Job, listed, run
-from workflow_scripts.plain_tables import MISSING, Row, escape, read_rows
+from workflow_scripts.plain_tables import MISSING, Row, escape, read_rows, symbol
 
 COLUMNS = (
     "dataset",
@@ -40,7 +39,6 @@ COLUMNS = (
     "published_source",
 )
 PLACE = ("dataset", "recipe", "method", "ipc", "student")
-SYMBOLS = {"lambda_bn": "λ"}
 
 # ---- read and check --------------------------------------------------------------------------
 
@@ -56,7 +54,7 @@ def read_evaluation(path: str) -> dict | None:
         content = read_json(path)
         content["header"]["wildcards"], content["header"]["lineage"]
         content["top1"], content["top5"], content["labels"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(
             f"{path} is no evaluation of a student ({error}); delete it and run snakemake again"
         ) from error
@@ -190,10 +188,10 @@ def pivot(rows: Sequence[Row], labels: Mapping, swept: Mapping) -> Pivot:
             return [name, ""]
         return [
             name,
-            f"{found['value']}" if len(keys) == 1 else f"{_symbol(found['key'])} = {found['value']}",
+            f"{found['value']}" if len(keys) == 1 else f"{symbol(found['key'])} = {found['value']}",
         ]
 
-    value_name = [_symbol(next(iter(keys))) if len(keys) == 1 else "setting"] if keys else []
+    value_name = [symbol(next(iter(keys))) if len(keys) == 1 else "setting"] if keys else []
     return Pivot(
         ["Method", *value_name],
         [(read["datasets"][d], ALL if i == ALL else f"IPC {i}") for d, i in columns],
@@ -241,10 +239,6 @@ def fold(table: Pivot) -> Folded:
 
 def _number(ipc: str) -> int:
     return int(ipc) if ipc.isdigit() else 0
-
-
-def _symbol(key: str) -> str:
-    return SYMBOLS.get(key, key.replace("_", " "))
 
 
 def measured(row: Row) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from wmdd_core.artifacts import read_json, write_text
+from wmdd_core.artifacts import read_array, read_json, write_text
 from wmdd_core.barycenter import wasserstein_barycenter
 from wmdd_core.errors import UserError
 from wmdd_core.seeding import derive_seed, numpy_generator
@@ -65,6 +65,8 @@ def trace_class(points: np.ndarray, size: int, settings: Mapping, names: tuple) 
     settings: `iterations`, run until one gains nothing, whatever an entry says of when to stop, and
     `barycenters` (name → settings). All of them draw from one generator, that of `compute_barycenter`.
     """
+    import sklearn.cluster  # noqa: F401 - or the first class would be charged with it
+
     started = time.perf_counter()
     bound = kmeans_bound(points, size, derive_seed(*names, "k-means bound"))
     lines = [{"barycenter": KMEANS, "w2_squared": bound, "seconds": time.perf_counter() - started}]
@@ -172,7 +174,7 @@ def main(job: Job) -> None:
     index = read_json(job.input["index"])
     check_place(job.input["index"], index["header"], {"dataset": settings["dataset"]})
     check_lineage(job.input["index"], index["header"], settings["expected"])
-    features, offsets = np.load(job.input["features"], mmap_mode="r"), index["offsets"]
+    features, offsets = read_array(job.input["features"]), index["offsets"]
     iterations = figure.get("iterations", ITERATIONS)
     lines = []
     for c in traced_classes(figure, offsets):
