@@ -366,7 +366,7 @@ def test_a_key_that_stands_twice_is_told_with_its_line(tmp_path, text, line, key
         (
             "teachers: {convnet: {architecture: vit_tiny}}",
             "main",
-            "methods.sre2l: its teacher convnet has no BatchNorm layer; set bn_term: none",
+            ": its teacher convnet has no BatchNorm layer; set bn_term: none",
         ),
         ("figures: {gallery: {classes: [0, 10]}}", "gallery", "gallery.classes: 10 is not a class of digits"),
         (
