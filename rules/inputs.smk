@@ -205,9 +205,8 @@ def recover_images_settings(w):
     if method["feature_term"] == method["bn_term"] == "none" and not method.get("ce_weight"):
         stop(f"methods.{w.method}: feature_term and bn_term are none, nothing is matched; set one")
     teacher = teacher_of(w)
-    if method["bn_term"] != "none" and entry("teachers", teacher, w.dataset)["architecture"].startswith(
-        "vit"
-    ):
+    architecture = entry("teachers", teacher, w.dataset)["architecture"]
+    if method["bn_term"] != "none" and architecture.startswith("vit"):
         stop(f"methods.{w.method}: its teacher {teacher} has no BatchNorm layer; set bn_term: none")
     unread = ["ce_weight"] if method["feature_term"] == "cross_entropy" else []
     return {

@@ -277,17 +277,12 @@ def measure_efficiency_settings(w):
 def cost_cells(w):
     """The cells of the cost table: wildcards of `evaluate_student` but for the recipe."""
     cells, spec = [], figure_of(w)
-    for dataset in figure_of(w)["datasets"]:
+    for dataset in spec["datasets"]:
         settings = resolve_lists(pick(spec, "methods", "ipc"), dataset, f"figures.{w.figure}")
         for ipc, method in itertools.product(settings["ipc"], list(expand_methods(settings["methods"]))):
             if entry("methods", method, dataset)["kind"] == "real":
                 stop(f"figures.{w.figure}.methods: {method} makes no distilled set; remove it")
-            place = {
-                "dataset": dataset,
-                "method": method,
-                "ipc": str(ipc),
-                "student": figure_of(w)["student"],
-            }
+            place = {"dataset": dataset, "method": method, "ipc": str(ipc), "student": spec["student"]}
             cells.append({**place, "seeds": config["student_seeds"]})
     return cells
 
@@ -538,7 +533,7 @@ def measure_distances_input(w):
     }
     if "student" in figure:
         files["train"] = real_images(SimpleNamespace(dataset=dataset))
-        recipe = figure_of(w)["recipe"]
+        recipe = figure["recipe"]
         labels = entry("recipes", recipe, dataset)["labels"]
         if labels == "online":
             stop(f"figures.{w.figure}.recipe: {recipe} stores no labels; give one with labels: soft or hard")
@@ -555,7 +550,7 @@ def measure_distances_settings(w):
     dataset, figure = single(w, "datasets"), figure_of(w)
     teacher = labeller_of(SimpleNamespace(dataset=dataset))
     measured_by = ("extract_features", {"dataset": dataset, "teacher": teacher})
-    recipe = figure_of(w)["recipe"] if "student" in figure else None
+    recipe = figure["recipe"] if "student" in figure else None
     settings = {"expected": expected_digests([measured_by, *making_sets(w, recipe)])}
     if not recipe:
         return settings
@@ -595,7 +590,7 @@ def embed_tsne_settings(w):
         "figure": pick(figure, "classes", "images"),
         "expected": expected_digests(making_sets(w)),
         "schedule": schedule,
-        "student": network_entry("students", figure_of(w)["student"], dataset),
+        "student": network_entry("students", figure["student"], dataset),
         "flip": entry("datasets", dataset, dataset).get("flip", True),
         "seed": config["seed"],
     }

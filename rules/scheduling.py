@@ -57,7 +57,9 @@ def remove_old_outputs(executor: RemoteExecutor, job: Job) -> None:
     would be taken for the new ones.
     """
     _run_job_pre(executor, job)
-    for path in map(str, job.output if executor.workflow.is_main_process else ()):
+    if not executor.workflow.is_main_process:
+        return
+    for path in map(str, job.output):
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
         else:

@@ -301,6 +301,7 @@ class Objective:
             if not self.layers:
                 raise UserError("the teacher has no BatchNorm layer; set bn_term: none")
             self.targets = self._bn_targets()
+            self.channels = [layer.num_features for layer in self.layers.values()]
 
     def _bn_targets(self) -> Tensor:
         """Mean and variance to match, every layer's channels side by side: (2, cells or 1, ΣC)."""
@@ -379,9 +380,8 @@ class Objective:
         """The BatchNorm term of each class (G,), or (1,) where it is of all images, summed over batches."""
         # All layers at once: their statistics are small, and a GPU's time would go into starting on each.
         own = [torch.cat(part, 1) for part in zip(*(moments[n] for n in self.layers), strict=True)]
-        channels = [layer.num_features for layer in self.layers.values()]
         squares = (torch.stack(group_moments((own[0], own[1]), self.bn_weights)) - self.targets).square()
-        layers = torch.stack([layer.sum(-1) for layer in squares.split(channels, -1)], -1)
+        layers = torch.stack([layer.sum(-1) for layer in squares.split(self.channels, -1)], -1)
         if self.settings.loss_form == "released":
             layers = (layers + 1e-12).sqrt()
         layers = layers.sum(0)  # mean and variance

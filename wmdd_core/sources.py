@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from wmdd_core.artifacts import still_there
 from wmdd_core.errors import UserError
 from wmdd_core.layouts import (
     FolderLayout,
@@ -414,21 +415,13 @@ def _one_download(root: Path) -> Iterator[None]:
     while True:
         with open(path, "w") as file:
             fcntl.lockf(file, fcntl.LOCK_EX)
-            if not _still_there(path, file):
+            if not still_there(path, file):
                 continue  # its holder has removed it meanwhile: the next to come lock a new file
             try:
                 yield
             finally:
                 path.unlink(missing_ok=True)
             return
-
-
-def _still_there(path: Path, file: IO) -> bool:
-    """Whether `path` is the open `file`, and not another of its name or none."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _no_download(source: str, url: str, root: Path, error: Exception) -> str:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from wmdd_core.artifacts import make_header, read_array, read_json
+from wmdd_core.artifacts import make_header, read_array, read_json, still_there
 from wmdd_core.code import code_hash, code_variable, source_stamp
 from wmdd_core.digests import digest
 from wmdd_core.errors import UserError
@@ -271,10 +271,8 @@ def _locked(path: Path, name: str) -> tuple[IO[str], str]:
         file = open(path, "a+")  # noqa: SIM115
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if still_there(path, file):
                 return file, holder
-            wait = 0.0
-        except FileNotFoundError:
             wait = 0.0  # its holder has just ended and removed it: the next to come lock a new file
         except OSError as error:
             if error.errno in NO_LOCKS:
