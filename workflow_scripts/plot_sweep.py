@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from wmdd_core.artifacts import write_text
 from wmdd_core.errors import UserError
+from workflow_scripts.checks import ALL
 from workflow_scripts.drawing import DASHES, MARKERS, new_figure, save
 from workflow_scripts.job import Job, run
 from workflow_scripts.plain_tables import Row, read_rows, symbol
@@ -25,7 +26,7 @@ def swept_rows(rows: Sequence[Row], swept: Mapping) -> list[dict]:
     """The lines of the table whose method is a member of a sweep, with the sweep's entry and the value."""
     found = []
     for row in rows:
-        if row["method"] not in swept or row["ipc"] == "all" or not row["top1_mean"]:
+        if row["method"] not in swept or row["ipc"] == ALL or not row["top1_mean"]:
             continue  # students of all real images have no number of images per class to be drawn by
         member = swept[row["method"]]
         if isinstance(member["value"], bool) or not isinstance(member["value"], int | float):
