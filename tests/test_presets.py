@@ -161,7 +161,7 @@ def test_precision_is_a_setting_of_the_rules_that_run_networks(tmp_path):
     assert {"extract_features", "distil_baseline", "compute_barycenter"} < {rule for _, rule in commands}
 
 
-@pytest.mark.parametrize("preset", [*PAPER, "paper", "own-images"])
+@pytest.mark.parametrize("preset", [*PAPER, "paper", "own-images", "cifar10", "cifar10-gpu"])
 def test_tables_and_figures_show_the_presets_own_datasets(preset):
     own = set(read(f"presets/{preset}.yaml")["datasets"])
     config = resolved(preset)
