@@ -165,7 +165,7 @@ class Planner:
         teacher = self.teacher({**w, "teacher": method.get("teacher")})
         # The weights are frozen: a pass forward, a pass back to the pixels.
         operations = 2 * method["iterations"] * count * self.forward(teacher, w["dataset"])
-        return Cost(operations, method["iterations"], bytes=4 * count * self.pixels(w["dataset"]))
+        return Cost(operations, method["iterations"], bytes=count * self.pixels(w["dataset"]))
 
     def distil_baseline(self, w: Mapping) -> Cost:
         method, ipc = self.entry("methods", w["method"], w["dataset"]), int(w["ipc"])
@@ -177,7 +177,7 @@ class Planner:
         trained = 0 if method["kind"] == "dm" else BACKWARD * ipc * inner * (loops - 1)
         count = method["iterations"] * classes
         operations = count * (passes * loops + trained) * forward
-        kept = 4 * classes * ipc * self.pixels(w["dataset"])
+        kept = classes * ipc * self.pixels(w["dataset"])
         return Cost(operations, count * loops, self._decoding(w["dataset"], 1), kept)
 
     def gather_images(self, w: Mapping) -> Cost:

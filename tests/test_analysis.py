@@ -26,6 +26,7 @@ from wmdd_core.metrics import (
     mean_within_distance,
 )
 from wmdd_core.models import Classifier, build_model
+from wmdd_core.relabeling import ViewSettings
 from workflow_scripts import embed_tsne, measure_distances, plot_distances, plot_tsne, trace_barycenters
 from workflow_scripts.distilled_sets import DistilledSet, embed_images
 from workflow_scripts.drawing import arranged
@@ -246,7 +247,8 @@ def world(tmp_path_factory) -> dict:
         }
         write_tensors(root / f"{method}.safetensors", tensors, header)
         relabelled = make_header("relabel_images", {**place, "recipe": "soft"}, {}, "", [header])
-        write_json(root / f"{method}.json", {}, relabelled)
+        views = ViewSettings(**VIEWS).sample(len(own), RESOLUTION)
+        write_json(root / f"{method}.json", {"views": views}, relabelled)
         soft = rng.normal(size=(RECIPE["epochs"], len(own), CLASSES)).astype(np.float16)
         np.save(root / f"{method}-labels.npy", soft)
         lineage |= relabelled["lineage"]
@@ -385,6 +387,10 @@ def test_maps_are_the_same_for_a_seed_and_count_what_is_there(world, tmp_path):
     numbers = pd.read_csv(job.output["csv"]).set_index("method")
     assert numbers.loc["sre2l", "within"] < 1e-6 < 1e-3 < numbers.loc["wmdd", "within"]
     assert numbers.loc["sre2l", "coverage"] < numbers.loc["wmdd", "coverage"]
+    # Both are copies of real images, one or three of a class's twelve: shares of the other eleven or nine.
+    for method, others in (("sre2l", 11), ("wmdd", 9)):
+        count = numbers.loc[method, "coverage"] * CLASSES * others
+        assert count == pytest.approx(round(count), abs=1e-3)
 
 
 def test_the_network_of_a_map_is_trained_on_every_real_and_every_distilled_image(world, monkeypatch):
@@ -438,7 +444,7 @@ def test_summary_compares_a_class_with_as_many_random_real_ones():
     collapsed, spread = real[[0, 0, 0, 0, 40, 40, 40, 40]], real[[0, 1, 2, 3, 40, 41, 42, 43]]
     own = np.repeat([0, 1], 4)
     found = [
-        embed_tsne.summarise(embed_tsne.Embedded("m", real, labels, d, own), (0,))
+        embed_tsne.summarise(embed_tsne.Embedded("m", real, labels, np.zeros(80, bool), d, own), (0,))
         for d in (collapsed, spread)
     ]
     assert found[0]["within"] == 0 and found[1]["within"] > 1
@@ -447,9 +453,18 @@ def test_summary_compares_a_class_with_as_many_random_real_ones():
     assert found[0]["between"] == pytest.approx(np.linalg.norm(real[0] - real[40]))
 
 
+def test_an_image_that_a_set_copies_does_not_cover_itself():
+    real = np.concatenate([RNG.normal(size=(30, 3)), RNG.normal(size=(10, 3)) / 100 + 20])
+    copied = np.arange(40) >= 30  # a tight group apart from all others
+    own = np.zeros(10, int)
+    embedded = embed_tsne.Embedded("m", real, np.zeros(40, int), copied, real[30:], own)
+    assert embed_tsne.summarise(embedded, (0,))["coverage"] == 0
+
+
 def test_a_class_with_too_few_real_images_has_no_coverage_but_a_place_on_the_map():
     real, labels = RNG.normal(size=(45, 3)), np.repeat([0, 1], [40, 5])
-    embedded = embed_tsne.Embedded("m", real, labels, real[[0, 1, 40, 41]], np.repeat([0, 1], 2))
+    fresh = np.zeros(45, bool)
+    embedded = embed_tsne.Embedded("m", real, labels, fresh, real[[0, 1, 40, 41]], np.repeat([0, 1], 2))
     found = embed_tsne.summarise(embedded, (0,))
     assert np.isnan(found["coverage"]) and np.isnan(found["coverage_random"]) and found["within"] > 0
 

@@ -1,6 +1,7 @@
 """Views against torchvision-style cropping and interpolation, and CutMix against a written-out case."""
 
-import numpy as np
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,10 @@ from wmdd_core.augmentation import (
     draw_views,
     mix_views,
     normalise,
+    quantise,
     view_batch,
 )
-from wmdd_core.data import quantise
+from wmdd_core.errors import UserError
 from wmdd_core.seeding import torch_generator
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
@@ -139,11 +141,15 @@ def test_gradients_flow_through_views():
 
 def test_quantise_inverts_normalise():
     x = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
-    stored = quantise(normalise(x, MEAN, STD).numpy(), MEAN.tolist(), STD.tolist())
-    assert stored.dtype == np.uint8
-    np.testing.assert_array_equal(stored, x.numpy())
+    assert torch.equal(quantise(normalise(x, MEAN, STD), MEAN, STD), x)
 
 
 def test_quantise_rounds_to_the_nearest_and_clips():
-    x = np.full((1, 3, 1, 1), [[[-9.0]], [[0.004]], [[9.0]]], dtype=np.float32)
-    assert quantise(x, [0, 0, 0], [1, 1, 1]).ravel().tolist() == [0, 1, 255]
+    x = torch.tensor([-9.0, 0.004, 9.0]).view(1, 3, 1, 1)
+    assert quantise(x, torch.zeros(3), torch.ones(3)).flatten().tolist() == [0, 1, 255]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_pixels_that_are_not_finite_are_no_image(value):
+    with pytest.raises(UserError, match="pixels that are not finite"):
+        quantise(torch.full((1, 3, 2, 2), value), MEAN, STD)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from wmdd_core import graphs
 from wmdd_core.graphs import EAGER_CALLS, replayed
 
 
@@ -14,7 +15,7 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
         self.captured, self.replays, self.result = None, 0, torch.zeros(2)
-        self.current, self.captured_on = 0, None
+        self.current, self.captured_on, self.streams = 0, None, 0
 
     def work(self, x: torch.Tensor) -> torch.Tensor:
         self.seen.append(x)
@@ -46,9 +47,16 @@ def recorder(monkeypatch):
         yield
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda chosen: chosen.index or 0)
+
+    def stream(chosen: torch.device) -> int:
+        recorder.streams += 1
+        return chosen.index or 0
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    return recorder
+    graphs._stream.cache_clear()
+    yield recorder
+    graphs._stream.cache_clear()
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -57,6 +65,14 @@ def test_work_is_captured_on_its_own_gpu(recorder, index):
     for _ in range(EAGER_CALLS + 1):
         call(torch.ones(2))
     assert recorder.captured_on == index
+
+
+def test_graphs_of_one_gpu_are_captured_on_one_stream(recorder):
+    for index in (0, 1, 0):
+        call = replayed(recorder.work, torch.device("cuda", index))
+        for _ in range(EAGER_CALLS + 1):
+            call(torch.ones(2))
+    assert recorder.streams == 2
 
 
 def test_the_first_calls_are_eager_and_later_ones_replay_the_capture_with_new_inputs(recorder):

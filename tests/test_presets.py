@@ -224,7 +224,7 @@ def test_costs_of_jobs_written_out():
     forward, pixels = COSTS["networks"]["resnet18"]["large"]["gflop"] * 1e9, 3 * 224 * 224
     # Ten classes of ten images are one batch of a hundred.
     assert planner.cost("recover_images", {**w, "shard": "0"}) == Cost(
-        2 * 2000 * 100 * forward, 2000, bytes=4 * 100 * pixels
+        2 * 2000 * 100 * forward, 2000, bytes=100 * pixels
     )
     assert planner.cost("relabel_images", w) == Cost(300 * 100 * forward, 300, bytes=2 * 300 * 100 * 10)
     assert planner.cost("evaluate_student", {**w, "seed": "0"}) == Cost(3 * 300 * 100 * forward, 300)
@@ -250,7 +250,7 @@ def test_shards_add_up_to_the_set():
             kept.append(cost.bytes)
             if not cost.bytes:
                 break
-        sizes = sum(kept) / (4 * 3 * 64 * 64)
+        sizes = sum(kept) / (3 * 64 * 64)
         assert sizes == 600
 
 

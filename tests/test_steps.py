@@ -1,9 +1,13 @@
 """The steps of the main road hand on what the ones before have made: rows, weights, seeds, splits."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from wmdd_core import relabeling
 from wmdd_core.artifacts import make_header, read_arrays, read_json, read_tensors, write_tensors
 from wmdd_core.augmentation import normalise
 from wmdd_core.barycenter import wasserstein_barycenter
@@ -12,7 +16,7 @@ from wmdd_core.models import freeze
 from wmdd_core.progress import Progress
 from wmdd_core.recovery import Recovered
 from wmdd_core.relabeling import soft_label_loss
-from wmdd_core.seeding import numpy_generator
+from wmdd_core.seeding import numpy_generator, torch_generator
 from wmdd_core.training import Curve
 from workflow_scripts import (
     compute_barycenter,
@@ -27,6 +31,7 @@ from workflow_scripts import (
     pretrain_teacher,
     real_images,
     recover_images,
+    relabel_images,
     select_images,
 )
 from workflow_scripts.distilled_sets import embed_images
@@ -42,6 +47,7 @@ OUTPUT = {
     extract_features: ("features.npy", "index.json", "statistics.safetensors"),
     compute_barycenter: ("barycenter.npz",),
     gather_images: ("images.safetensors", "header.json", "losses.csv", "png"),
+    relabel_images: ("labels.npy", "header.json"),
     evaluate_student: ("evaluation.json",),
 }
 
@@ -216,7 +222,8 @@ def test_recovery_is_given_batches_start_precision_and_progress(road, labels, tm
     images = normalise(training_images(road), *normalisation(read_json(road.files["description"])))
     found = [rows_of(image, images)[0] for image in given["initial"]]
     assert labels[found].tolist() == np.repeat(np.arange(10), 2).tolist() and len(set(found)) == 20
-    assert torch.equal(read_tensors(output["shard"])[0]["images"], given["initial"])
+    stored = read_tensors(output["shard"])[0]["images"]
+    assert torch.equal(stored, torch.from_numpy(training_images(road).numpy()[found]))
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -263,12 +270,10 @@ def gathered(road, tmp_path):
     description = read_json(road.files["description"])
     place = torch.randperm(10 * IPC, generator=torch.Generator().manual_seed(0))
     own, index = place // IPC, place % IPC
-    mean, std = (torch.tensor(description[k]).view(3, 1, 1) for k in ("mean", "std"))
-    stored = place.view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
-    recovered, selected = (stored / 255 - mean) / std, stored.to(torch.uint8).contiguous()
+    stored = place.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
     paths = []
-    for half, pixels in ((slice(None, 50), recovered), (slice(50, None), selected)):
-        tensors = {"images": pixels[half], "labels": own[half], "index": index[half]}
+    for half in (slice(None, 50), slice(50, None)):
+        tensors = {"images": stored[half], "labels": own[half], "index": index[half]}
         tensors["weights"] = 1.0 + index[half].double()
         header = make_header("recover_images", {"dataset": "digits"}, {}, "", [description["header"]])
         paths.append(str(tmp_path / f"{len(paths)}.safetensors"))
@@ -311,7 +316,7 @@ def test_students_differ_by_seed_weigh_images_and_are_tested_on_the_test_set(
     }
     student = {"architecture": "convnet", "width": 4, "depth": 2}
     settings = {"recipe": recipe, "views": views, "student": student}
-    road.files["images"] = gathered["images"]
+    monkeypatch.setattr(road, "files", {**road.files, "images": gathered["images"]})
     seen = []
     fit = evaluate_student.fit
     monkeypatch.setattr(evaluate_student, "fit", lambda *a, **k: (seen.append((*a, k)), fit(*a, **k))[1])
@@ -336,6 +341,42 @@ def test_students_differ_by_seed_weigh_images_and_are_tested_on_the_test_set(
     assert all(isinstance(call[-1]["progress"], Progress) for call in seen)
     del road.files["teacher"]
     assert evaluate("0", labels="hard")["labels"] == "hard"
+
+
+def test_labels_of_other_views_than_are_drawn_here_are_refused(road, gathered, tmp_path, monkeypatch):
+    views = {"seed": 0, "crop_scale_min": 0.5, "flip": False, "cutmix": True}
+    output = {n.split(".")[0]: str(tmp_path / n) for n in OUTPUT[relabel_images]}
+    place = {"method": "wmdd", "ipc": str(IPC), "recipe": "r"}
+    needed = {n: road.files[n] for n in ("description", "teacher", "test")} | {"images": gathered["images"]}
+    monkeypatch.setattr(road, "files", needed)
+    road.make(relabel_images, {"views": views, "epochs": 1, "teacher_mode": "eval"}, output, **place)
+    del road.files["teacher"]
+    road.files |= {"labels": output["labels"], "labels_header": output["header"]}
+    recipe = {"labels": "soft", "temperature": 7, "epochs": 1, "batch_size": 50, "optimizer": "adamw"}
+    recipe |= {"learning_rate": 1e-3, "weight_decay": 0.5}
+    student = {"architecture": "convnet", "width": 4, "depth": 2}
+    settings = {"recipe": recipe, "views": views, "student": student}
+    evaluation = {"evaluation": str(tmp_path / "evaluation.json")}
+
+    def evaluate():
+        road.make(evaluate_student, settings, evaluation, **place, student="s", seed="0")
+
+    def change(field, image, by):
+        labelled = json.loads(Path(output["header"]).read_text())
+        labelled["views"][field][image] = (np.array(labelled["views"][field][image]) + by).tolist()
+        Path(output["header"]).write_text(json.dumps(labelled))
+
+    evaluate()
+    change("box", 3, [0, 1, 0, -1])  # a processor that rounds otherwise
+    evaluate()
+    change("partner", 0, 1)
+    with pytest.raises(UserError, match=r"header.json: these labels are of other views .* \(partner\)"):
+        evaluate()
+    change("partner", 0, -1)
+    generator = torch_generator("of another PyTorch")
+    monkeypatch.setattr(relabeling, "torch_generator", lambda *_: generator)
+    with pytest.raises(UserError, match=r"header.json: these labels are of other views .* \(box\)"):
+        evaluate()
 
 
 def test_students_on_all_real_images_differ_by_seed_and_are_tested_on_the_test_set(road, tmp_path):

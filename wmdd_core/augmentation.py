@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from wmdd_core.errors import UserError
 from wmdd_core.graphs import replayed
 
 CROP_ATTEMPTS = 10
@@ -208,3 +209,14 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 (N, 3, R, R) → float32 with (x / 255 − mean) / std for each channel."""
     mean, std = (v.to(images.device).view(3, 1, 1) for v in (mean, std))
     return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def quantise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The inverse of `normalise`: float32 (N, 3, R, R) → uint8, rounded and clipped, on the CPU.
+
+    Raises `UserError` for pixels that are not finite.
+    """
+    pixels = (images.cpu() * std.view(3, 1, 1) + mean.view(3, 1, 1)) * 255
+    if not pixels.isfinite().all():
+        raise UserError("the last step left pixels that are not finite; lower learning_rate")
+    return pixels.round().clamp(0, 255).to(torch.uint8).contiguous()

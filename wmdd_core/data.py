@@ -266,15 +266,6 @@ def decode_to(path: str | Path, source: ImageSource, resolution: int, workers: i
         ) from error
 
 
-def quantise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised images, float32 (N, 3, R, R), as they are stored: uint8, rounded and clipped.
-
-    The inverse of `wmdd_core.augmentation.normalise`, without PyTorch.
-    """
-    mean, std = (np.asarray(v, images.dtype)[:, None, None] for v in (mean, std))
-    return np.clip(np.round((images * std + mean) * 255), 0, 255).astype(np.uint8)
-
-
 class ImageStore:
     """Images read in batches, from a memory-mapped array or decoded on demand; can be pickled.
 

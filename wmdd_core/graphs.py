@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,15 @@ Result = TypeVar("Result")
 
 EAGER_CALLS = 3
 """Calls before the capture: what libraries set up at their first use must not become part of a graph."""
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which work of `device` is captured: PyTorch's own is one of the current GPU.
+
+    One for all graphs, since cuBLAS keeps a workspace of its own for each stream that it has seen.
+    """
+    return torch.cuda.Stream(device)
 
 
 def replayed(work: Callable[..., Result], device: torch.device) -> Callable[..., Result]:
@@ -38,10 +48,9 @@ def replayed(work: Callable[..., Result], device: torch.device) -> Callable[...,
             return work(*inputs)
         if result is None:
             static.extend(value.clone() for value in inputs)
-            # A stream of `device`, since only what runs on it is captured, and PyTorch's own is one of the
-            # current GPU. Other threads, which pin images for the next batches, may go on meanwhile.
-            stream, mode = torch.cuda.Stream(device), "thread_local"
-            with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
+            # Other threads, which pin images for the next batches, may go on meanwhile.
+            capture = torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local")
+            with torch.cuda.device(device), capture:
                 result = work(*static)
         for own, given in zip(static, inputs, strict=True):
             own.copy_(given)

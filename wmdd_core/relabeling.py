@@ -7,7 +7,7 @@ were labelled; batch size and order are free on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -22,6 +22,9 @@ from wmdd_core.graphs import replayed
 from wmdd_core.models import Classifier
 from wmdd_core.progress import Progress
 from wmdd_core.seeding import torch_generator
+
+SAMPLED_VIEWS = 16
+"""Views that labels are stored with, for a reader to tell whether it draws the same ones."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,23 @@ class ViewSettings:
             flip=self.flip,
             cutmix=self.cutmix,
         )
+
+    def sample(self, count: int, resolution: int) -> dict[str, list]:
+        """The first views of the first epoch, as the fields of `Views`, to be stored with their labels."""
+        return {n: v[:SAMPLED_VIEWS].tolist() for n, v in vars(self.views(0, count, resolution)).items()}
+
+    def check(self, sample: Mapping[str, list], count: int, resolution: int, path: str) -> None:
+        """Raise `UserError` unless `sample`, which lies in `path`, is drawn here too.
+
+        PyTorch's generators may change between versions. Processors may round a side by a pixel unlike.
+        """
+        for name, drawn in self.sample(count, resolution).items():
+            stored, pixels = np.array(sample[name], int), 1 if name in ("box", "patch") else 0
+            if stored.shape != np.shape(drawn) or (abs(stored - np.array(drawn, int)) > pixels).any():
+                raise UserError(
+                    f"{path}: these labels are of other views than PyTorch {torch.__version__} draws"
+                    f" ({name}); delete them and run snakemake again"
+                )
 
 
 @torch.no_grad()

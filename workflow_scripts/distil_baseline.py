@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wmdd_core.artifacts import write_tensors
-from wmdd_core.augmentation import normalise
+from wmdd_core.augmentation import normalise, quantise
 from wmdd_core.baselines import DcSettings, DmSettings, distil_dc, distil_dm, noise_images
 from wmdd_core.data import ImageStore
 from wmdd_core.models import build_model
@@ -35,7 +35,7 @@ def distil(
     device: torch.device,
     progress: Progress,
 ) -> dict[str, Tensor]:
-    """A shard's tensors, of all classes in order: normalised images (M, 3, R, R), labels, losses and so on.
+    """A shard's tensors, of all classes in order: uint8 images (M, 3, R, R), labels, losses and so on.
 
     `network` is what `build_model` needs but for the seed; `names` are (seed, dataset). The real images are
     held in memory, since each iteration reads a batch of every class.
@@ -64,7 +64,7 @@ def distil(
             raise AssertionError(kind)
     images, losses = loop(real, initial.to(device), labels, build_network, chosen, (*names, kind), progress)
     return {
-        "images": images,
+        "images": quantise(images, mean, std),
         "labels": labels,
         "index": index,
         "weights": torch.full((len(labels),), 1 / ipc, dtype=torch.float64),

@@ -83,6 +83,8 @@ class Embedded:
     method: str
     real: np.ndarray
     real_labels: np.ndarray
+    copied: np.ndarray
+    """(N,) bool: real images that are in the distilled set, too."""
     distilled: np.ndarray
     distilled_labels: np.ndarray
 
@@ -106,17 +108,17 @@ def summarise(embedded: Embedded, names: tuple) -> dict[str, float]:
     within: mean distance between a class's distilled features, averaged over classes; between: mean
     distance between the classes' centroids of distilled features. Both networks have a scale of their
     own, so the same of the real features stand beside these. coverage: share of a class's real features
-    that a distilled one covers (`metrics.coverage`), averaged over classes; `coverage_random`: the
-    same for as many real images drawn at random, over the others.
+    that a distilled one covers (`metrics.coverage`), averaged over classes, without those that are in the
+    set themselves; `coverage_random`: the same for as many real images drawn at random, over the others.
     """
     covered, by_chance = [], []
     for c in np.unique(embedded.distilled_labels):
-        real = embedded.real[embedded.real_labels == c]
+        own = embedded.real_labels == c
         distilled = embedded.distilled[embedded.distilled_labels == c]
-        covered.append(coverage(real, distilled, NEIGHBOURS) if len(real) > NEIGHBOURS else np.nan)
-        order = numpy_generator(*names, "coverage", int(c)).permutation(len(real))
-        drawn, others = real[order[: len(distilled)]], real[order[len(distilled) :]]
-        by_chance.append(coverage(others, drawn, NEIGHBOURS) if len(others) > NEIGHBOURS else np.nan)
+        covered.append(covered_share(embedded.real[own & ~embedded.copied], distilled))
+        order = numpy_generator(*names, "coverage", int(c)).permutation(np.flatnonzero(own))
+        drawn, others = order[: len(distilled)], order[len(distilled) :]
+        by_chance.append(covered_share(embedded.real[others], embedded.real[drawn]))
     return {
         "within": mean_within_distance(embedded.distilled, embedded.distilled_labels),
         "within_real": mean_within_distance(embedded.real, embedded.real_labels),
@@ -125,6 +127,11 @@ def summarise(embedded: Embedded, names: tuple) -> dict[str, float]:
         "coverage": float(np.mean(covered)),
         "coverage_random": float(np.mean(by_chance)),
     }
+
+
+def covered_share(real: np.ndarray, points: np.ndarray) -> float:
+    """`metrics.coverage` of `real` (N, D) by `points` (M, D); nan where real ones lack neighbours."""
+    return coverage(real, points, NEIGHBOURS) if len(real) > NEIGHBOURS else np.nan
 
 
 def flatten(points: np.ndarray, seed: int) -> np.ndarray:
@@ -174,12 +181,15 @@ def main(job: Job) -> None:
         headers = [description["header"], own.header]
         progresses.append(job.progress(headers, method=own.method, ipc=own.ipc))
         model = train_on_mixture(job.settings, own, real, labels, description, progresses[-1])
-        found = [embed_images(model, real_of_class(store, c), description, device).numpy() for c in classes]
+        shown_real = [real_of_class(store, c) for c in classes]
+        found = [embed_images(model, images, description, device).numpy() for images in shown_real]
         rows = torch.cat([own.rows(c) for c in classes])
+        pixels = {image.tobytes() for image in own.images[rows].numpy()}
         embedded = Embedded(
             own.method,
             np.concatenate(found),
             np.repeat(classes, [len(f) for f in found]),
+            np.array([image.tobytes() in pixels for image in np.concatenate(shown_real)]),
             embed_images(model, own.images[rows], description, device).numpy(),
             own.labels[rows].numpy(),
         )

@@ -79,7 +79,10 @@ def main(job: Job) -> None:
     inputs = [description["header"], distilled_header]
     labeller = job.input.get("labels")
     if labeller:
-        inputs.append(read_json(job.input["labels_header"])["header"])
+        path, images = job.input["labels_header"], distilled["images"]
+        labelled = read_json(path)
+        ViewSettings(**job.settings["views"]).check(labelled["views"], len(images), images.shape[-1], path)
+        inputs.append(labelled["header"])
     elif "teacher" in job.input:
         labeller, teacher_header = load_teacher(job.input["teacher"], device)
         inputs.append(teacher_header)

@@ -15,6 +15,7 @@ from wmdd_core.artifacts import read_array, read_json, write_text
 from wmdd_core.discrepancies import exact_wasserstein, measure_lipschitz_bound, mmd_linear, mmd_rbf
 from wmdd_core.metrics import cross_entropy_lipschitz, mean_squared_distance
 from wmdd_core.models import Classifier, freeze
+from wmdd_core.relabeling import ViewSettings
 from wmdd_core.terms import MEAN
 from workflow_scripts.checks import check_lineage, check_place
 from workflow_scripts.distilled_sets import (
@@ -94,9 +95,11 @@ def soft_labels_of(job: Job, sets: Sequence[DistilledSet]) -> list[str | None]:
     if "labels" not in job.input:
         return [None] * len(sets)
     for path, own in zip(listed(job.input["labels_header"]), sets, strict=True):
-        header = read_json(path)["header"]
-        check_place(path, header, {"method": own.method, "ipc": own.ipc})
-        check_lineage(path, header, job.settings["expected"])
+        labelled = read_json(path)
+        check_place(path, labelled["header"], {"method": own.method, "ipc": own.ipc})
+        check_lineage(path, labelled["header"], job.settings["expected"])
+        views = ViewSettings(**job.settings["views"])
+        views.check(labelled["views"], len(own.images), own.images.shape[-1], path)
     return listed(job.input["labels"])
 
 

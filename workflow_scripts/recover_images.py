@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from wmdd_core.artifacts import read_arrays, read_json, read_tensors, write_tensors
+from wmdd_core.augmentation import quantise
 from wmdd_core.batchnorm import LayerStatistics
 from wmdd_core.device import precision
 from wmdd_core.models import Classifier, freeze
@@ -119,7 +120,7 @@ def main(job: Job) -> None:
     progress = job.progress(inputs)
     recovered = recover(job, description, teacher, shard, settings, names, progress)
     tensors = {
-        "images": recovered.images,
+        "images": quantise(recovered.images, *normalisation(description)),
         "labels": shard.classes[shard.group],
         "index": shard.index,
         "weights": shard.weights,

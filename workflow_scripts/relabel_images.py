@@ -20,10 +20,11 @@ def main(job: Job) -> None:
 
     shape = (settings["epochs"], len(images), len(description["classes"]))
     labels = progress.array(np.float16, shape)
+    views = ViewSettings(**settings["views"])
     label_views(
         teacher,
         images,
-        ViewSettings(**settings["views"]),
+        views,
         *normalisation(description),
         labels,
         teacher_mode=settings["teacher_mode"],
@@ -32,7 +33,12 @@ def main(job: Job) -> None:
         progress=progress,
     )
     labels.flush()
-    content = {"shape": list(shape), "axes": ["epoch", "image", "class"], "holds": "teacher logits, float16"}
+    content = {
+        "shape": list(shape),
+        "axes": ["epoch", "image", "class"],
+        "holds": "teacher logits, float16",
+        "views": views.sample(len(images), images.shape[-1]),
+    }
     write_json(job.output["header"], content, job.header(inputs))
     progress.finish(job.output["labels"])
 
