@@ -131,23 +131,38 @@ REAL = {"recipe": "own", "ipc": "all"}
 # ---- settings --------------------------------------------------------------------------------
 
 
+def resolved(settings, dataset, where):
+    """`settings` for one dataset; what has no value for it ends the run."""
+    try:
+        return resolve(settings, dataset, where)
+    except ConfigError as error:
+        stop(error)
+
+
 @functools.cache
 def entry(block, name, dataset):
     """The settings of a named entry for one dataset."""
     name = entry_name(name)
     if name not in config[block]:
         stop(f"{block}: {unknown(name, config[block])}")
-    try:
-        return resolve(config[block][name], dataset, f"{block}.{name}")
-    except ConfigError as error:
-        stop(error)
+    return resolved(config[block][name], dataset, f"{block}.{name}")
+
+
+def dataset_of(name):
+    """A dataset's own settings."""
+    return entry("datasets", name, name)
+
+
+def flips(dataset):
+    """Whether a mirrored image still shows its class."""
+    return dataset_of(dataset).get("flip", True)
 
 
 @functools.cache
 def class_total(dataset):
     """Number of classes, from the config, the source's definition or the folders under its root."""
     try:
-        return class_count(entry("datasets", dataset, dataset))
+        return class_count(dataset_of(dataset))
     except UserError as error:
         stop(f"datasets.{dataset}: {error}")
 
@@ -164,12 +179,12 @@ def seed_of(w):
 
 def teacher_of(w):
     """The teacher that a method recovers from."""
-    return method_of(w).get("teacher", entry("datasets", w.dataset, w.dataset)["teacher"])
+    return method_of(w).get("teacher", labeller_of(w.dataset))
 
 
-def labeller_of(w):
+def labeller_of(dataset):
     """The teacher that labels, the same for every method."""
-    return entry("datasets", w.dataset, w.dataset)["teacher"]
+    return dataset_of(dataset)["teacher"]
 
 
 def methods_of_kind(*kinds):
@@ -229,7 +244,7 @@ def settings_for(function):
 
 
 def settings_of(rule):
-    """The rule's one parameter: its settings as canonical JSON."""
+    """A rule's settings as one of its parameters, canonical JSON."""
     return lambda w: canonical(SETTINGS[rule](w))
 
 
@@ -293,11 +308,7 @@ def describe_job(wildcards, input, output):
 
     def named(files):
         return {
-            name: (
-                list(map(str, value))
-                if isinstance(value, (list, tuple)) or hasattr(value, "items")
-                else str(value)
-            )
+            name: list(map(str, value)) if isinstance(value, list) else str(value)
             for name, value in files.items()
         }
 

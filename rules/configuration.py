@@ -46,7 +46,7 @@ def prepare(config: dict, schema: dict) -> dict:
 
     Raises `ConfigError` at the first fault.
     """
-    config = _numbers(copy.deepcopy(config))
+    config = _repaired(copy.deepcopy(config))
     check_block("config", config, schema, schema)
     config["results"] = os.path.normpath(os.path.expanduser(config["results"]))
     for block in ENTRY_BLOCKS:
@@ -83,33 +83,36 @@ def check_references(config: Mapping, schema: Mapping) -> None:
     The names in a value by dataset are datasets, or `default`.
     """
     datasets = [*config["datasets"], "default"]
-    swept = {entry["swept"]["entry"] for entry in config["methods"].values() if "swept" in entry}
+    sweeps = {name: entry["swept"]["entry"] for name, entry in config["methods"].items() if "swept" in entry}
 
-    def check(where: str, settings: Mapping, kind: Mapping) -> None:
-        for key, value in settings.items():
-            blocks = kind["properties"][key].get("x-ref", [])
-            by_dataset = isinstance(value, Mapping) and kind["properties"][key].get("type") != "object"
-            for dataset in value if by_dataset else ():
-                if dataset not in datasets:
-                    raise ConfigError(f"{where}{key}: {unknown(dataset, datasets)}")
-            for single in value.values() if isinstance(value, Mapping) and blocks else [value]:
-                names = [n for b in blocks for n in config[b]] + (
-                    sorted(swept) if "methods" in blocks else []
-                )
-                listed = single if isinstance(single, list) else [single]
-                for name in listed if blocks else []:
-                    if name not in names:
-                        raise ConfigError(f"{where}{key}: {unknown(name, names)}")
-                    sweep = config["methods"].get(name, {}).get("swept", {}).get("entry")
-                    if "methods" in blocks and sweep in listed:
-                        raise ConfigError(
-                            f"{where}{key}: {name} is one of {sweep}, named too; remove one of them"
-                        )
+    def check(where: str, value: object, allowed: Mapping) -> None:
+        by_dataset = isinstance(value, Mapping) and allowed.get("type") != "object"
+        for dataset in value if by_dataset else ():
+            if dataset not in datasets:
+                raise ConfigError(f"{where}: {unknown(dataset, datasets)}")
+        blocks = allowed.get("x-ref")
+        if not blocks:
+            return
+        known = [name for block in blocks for name in config[block]]
+        known += sorted(set(sweeps.values())) if "methods" in blocks else []
+        for single in value.values() if by_dataset else [value]:
+            listed = single if isinstance(single, list) else [single]
+            for name in listed:
+                if name not in known:
+                    raise ConfigError(f"{where}: {unknown(name, known)}")
+                if "methods" in blocks and sweeps.get(name) in listed:
+                    raise ConfigError(
+                        f"{where}: {name} is one of {sweeps[name]}, named too; remove one of them"
+                    )
 
-    check("", {k: v for k, v in config.items() if k not in ENTRY_BLOCKS}, schema)
+    for key, value in config.items():
+        if key not in ENTRY_BLOCKS:
+            check(key, value, schema["properties"][key])
     for block in ENTRY_BLOCKS:
+        properties = schema["$defs"][schema["properties"][block]["x-entry"]]["properties"]
         for name, entry in config[block].items():
-            check(f"{block}.{name}.", entry, schema["$defs"][schema["properties"][block]["x-entry"]])
+            for key, value in entry.items():
+                check(f"{block}.{name}.{key}", value, properties[key])
 
 
 def check_roots(config: Mapping) -> None:
@@ -130,18 +133,18 @@ TEXTS = ("title", "label", "caption")
 """Keys of what people read, which is one line and never a number."""
 
 
-def _numbers(value: object) -> object:
+def _repaired(value: object) -> object:
     """YAML 1.1 reads 1e-3 as text; whoever writes it means a number. Whole numbers are integers: 1.0 is 1.
 
     Texts that people read are put on one line: a block of YAML ends with a line break.
     """
     if isinstance(value, dict):
         return {
-            k: " ".join(v.split()) if k in TEXTS and isinstance(v, str) else _numbers(v)
+            k: " ".join(v.split()) if k in TEXTS and isinstance(v, str) else _repaired(v)
             for k, v in value.items()
         }
     if isinstance(value, list):
-        return [_numbers(v) for v in value]
+        return [_repaired(v) for v in value]
     if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
         value = float(value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
@@ -153,7 +156,7 @@ def expand_entries(block: str, entries: Mapping) -> dict:
     """Resolve `like: other` (inherit its settings) and `sweep: {key: [values]}` (an entry for each value)."""
     resolved: dict[str, dict] = {}
 
-    def resolve(name: str, trail: tuple[str, ...]) -> dict:
+    def inherit(name: str, trail: tuple[str, ...]) -> dict:
         if not isinstance(name, Hashable) or name not in entries:
             raise ConfigError(f"{block}.{trail[-1]}.like: {unknown(name, entries)}")
         if name in trail:
@@ -161,11 +164,11 @@ def expand_entries(block: str, entries: Mapping) -> dict:
         if not isinstance(entries[name], Mapping | None):
             raise ConfigError(f"{block}.{name}: expected settings, got {entries[name]!r}")
         entry = dict(entries[name] or {})
-        parent = resolve(entry.pop("like"), (*trail, name)) if "like" in entry else {}
+        parent = inherit(entry.pop("like"), (*trail, name)) if "like" in entry else {}
         return {**{k: v for k, v in parent.items() if k != "sweep"}, **entry}
 
     for name in entries:
-        entry = resolve(name, ())
+        entry = inherit(name, ())
         sweep = entry.pop("sweep", None)
         if sweep is None:
             resolved[name] = entry

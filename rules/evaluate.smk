@@ -29,7 +29,7 @@ rule evaluate_student:
 rule evaluate_all_real:
     input:
         description=DESCRIPTION,
-        train=real_images,
+        train=lambda w: real_images(w.dataset),
         test=IMAGES.replace("{split}", "test"),
     output:
         evaluation=EVALUATION.replace("{recipe}", REAL["recipe"]).replace("{ipc}", REAL["ipc"]),

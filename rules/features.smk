@@ -4,7 +4,7 @@
 rule extract_features:
     input:
         description=DESCRIPTION,
-        train=real_images,
+        train=lambda w: real_images(w.dataset),
         teacher=TEACHER,
     output:
         features=FEATURES,

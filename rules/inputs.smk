@@ -14,7 +14,7 @@ def network_entry(block, name, dataset):
     """The settings of a network; one that the images are too small for is told before anything runs."""
     network = without(entry(block, name, dataset), "label")
     try:
-        check_network(resolution=entry("datasets", dataset, dataset)["resolution"], **network)
+        check_network(resolution=dataset_of(dataset)["resolution"], **network)
     except UserError as error:
         stop(f"{block}.{name}, dataset {dataset}: {error}")
     return network
@@ -25,7 +25,7 @@ def network_entry(block, name, dataset):
 
 @settings_for
 def describe_dataset_settings(w):
-    dataset = entry("datasets", w.dataset, w.dataset)
+    dataset = dataset_of(w.dataset)
     return {
         **without(dataset, "title", "teacher", "flip", "store_train", "classes", "download"),
         "classes": class_total(w.dataset),
@@ -38,7 +38,7 @@ def may_download(wildcards, input):
 
     Snakemake never compares a parameter that reads `input`.
     """
-    return int(entry("datasets", wildcards.dataset, wildcards.dataset).get("download", False))
+    return int(dataset_of(wildcards.dataset).get("download", False))
 
 
 @settings_for
@@ -49,21 +49,19 @@ def decode_images_settings(w):
 # ---- pretrain --------------------------------------------------------------------------------
 
 
-def real_images(w):
+def real_images(dataset):
     """The decoded training images, where the dataset keeps them; otherwise jobs read its files."""
-    if entry("datasets", w.dataset, w.dataset).get("store_train"):
-        return IMAGES.format(dataset=w.dataset, split="train")
-    return []
+    return IMAGES.format(dataset=dataset, split="train") if dataset_of(dataset).get("store_train") else []
 
 
 def decoders(w):
     """Processes that decode training images beside the network, where they are read from their files."""
-    return 1 if real_images(w) else DECODERS
+    return 1 if real_images(w.dataset) else DECODERS
 
 
 def crops_of(w):
     """What crops of a dataset's training images are cut from: whole files, or decoded centres of them."""
-    return "centres" if real_images(w) else "files"
+    return "centres" if real_images(w.dataset) else "files"
 
 
 def stamp_of(path):
@@ -112,7 +110,7 @@ def pretrain_teacher_settings(w):
         return {**pick(teacher, "architecture", "width", "depth", "weights"), "seed": config["seed"]}
     return {
         **teacher,
-        "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
+        "flip": flips(w.dataset),
         "crops_of": crops_of(w),
         "seed": config["seed"],
     }
@@ -154,16 +152,11 @@ def shards_of(w):
     """The shards of a distilled set; only recovery has more than one."""
     if method_of(w)["kind"] != "recover":
         return range(1)
-    sharding = sharding_of(w)
-    return range(
-        shard_total(sharding["classes"], int(w.ipc), sharding["batch_size"], sharding["batch_layout"])
-    )
+    return range(shard_total(ipc=int(w.ipc), **sharding_of(w)))
 
 
 def classes_of_shard(w):
-    sharding = sharding_of(w)
-    place = (sharding["classes"], int(w.ipc), sharding["batch_size"], sharding["batch_layout"], int(w.shard))
-    return shard_members(*place)[0]
+    return shard_members(ipc=int(w.ipc), shard=int(w.shard), **sharding_of(w))[0]
 
 
 def needs_atoms(method):
@@ -193,7 +186,7 @@ def recover_images_input(w):
     if uses_features(method):
         files |= {"features": FEATURES.format(**place), "index": FEATURE_INDEX.format(**place)}
     if method["start"] == "real":
-        files["train"] = real_images(w)
+        files["train"] = real_images(w.dataset)
     return files
 
 
@@ -210,7 +203,7 @@ def recover_images_settings(w):
         stop(f"methods.{w.method}: its teacher {teacher} has no BatchNorm layer; set bn_term: none")
     unread = ["ce_weight"] if method["feature_term"] == "cross_entropy" else []
     return {
-        "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
+        "flip": flips(w.dataset),
         **without(
             method,
             *("kind", "label", "teacher", "barycenter", "swept", "batch_size", "batch_layout"),
@@ -222,7 +215,7 @@ def recover_images_settings(w):
 
 
 def select_images_input(w):
-    files = {"description": DESCRIPTION.format(dataset=w.dataset), "train": real_images(w)}
+    files = {"description": DESCRIPTION.format(dataset=w.dataset), "train": real_images(w.dataset)}
     if method_of(w)["selection"] == "kmeans":
         place = {"dataset": w.dataset, "teacher": teacher_of(w)}
         files |= {"features": FEATURES.format(**place), "index": FEATURE_INDEX.format(**place)}
@@ -235,13 +228,13 @@ def select_images_settings(w):
 
 
 def distil_baseline_input(w):
-    return {"description": DESCRIPTION.format(dataset=w.dataset), "train": real_images(w)}
+    return {"description": DESCRIPTION.format(dataset=w.dataset), "train": real_images(w.dataset)}
 
 
 @settings_for
 def distil_baseline_settings(w):
-    method, dataset = method_of(w), entry("datasets", w.dataset, w.dataset)
-    flip = ["flip"] if dataset.get("flip", True) and method["augmentation"] else []
+    method = method_of(w)
+    flip = ["flip"] if flips(w.dataset) and method["augmentation"] else []
     settings = without(method, "label", "network", "swept", "learning_rate_from_ipc_100")
     if int(w.ipc) >= 100 and "learning_rate_from_ipc_100" in method:
         settings["learning_rate"] = method["learning_rate_from_ipc_100"]
@@ -291,7 +284,7 @@ def view_settings(w):
     return {
         "crop_scale_min": recipe.get("crop_scale_min", 0.08),
         "cutmix": recipe.get("cutmix", False),
-        "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
+        "flip": flips(w.dataset),
         "seed": seed_of(w),
     }
 
@@ -325,7 +318,7 @@ def evaluate_student_input(w):
     if recipe["labels"] == "online":
         if recipe.get("teacher_mode", "eval") != "eval":
             stop(f"recipes.{w.recipe}: labels: online goes with teacher_mode: eval")
-        files |= {"teacher": TEACHER.format(dataset=w.dataset, teacher=labeller_of(w))}
+        files |= {"teacher": TEACHER.format(dataset=w.dataset, teacher=labeller_of(w.dataset))}
     return files
 
 
@@ -345,7 +338,7 @@ def evaluate_all_real_settings(w):
         stop(f"methods.{w.method}.batch_size: BatchNorm cannot train on one image; give it at least 2")
     return {
         "recipe": without(method_of(w), "kind", "label", "swept"),
-        "flip": entry("datasets", w.dataset, w.dataset).get("flip", True),
+        "flip": flips(w.dataset),
         "crops_of": crops_of(w),
         "student": network_entry("students", w.student, w.dataset),
         "seed": config["seed"],
@@ -390,7 +383,7 @@ def steps_before(step, w):
         return found
     if step == "gather_images":
         return [(MAKERS[method["kind"]], {**place, "ipc": w.ipc})]
-    sets, labeller = ("gather_images", {**place, "ipc": w.ipc}), {**data, "teacher": labeller_of(w)}
+    sets, labeller = ("gather_images", {**place, "ipc": w.ipc}), {**data, "teacher": labeller_of(w.dataset)}
     if step == "relabel_images":
         return [sets, ("pretrain_teacher", labeller)]
     labels = entry("recipes", w.recipe, w.dataset)["labels"]

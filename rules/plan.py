@@ -19,7 +19,7 @@ BACKWARD = 3
 """A training step costs three passes forward: one forward, two backward, to the inputs and the weights."""
 
 SINGLE_BATCH = 100
-"""Images in a forward pass where no setting says how many."""
+"""Images in a forward pass where no setting says how many (64 on a CPU and where real ones are embedded)."""
 
 DECODERS = 8
 """Processes that decode beside a network that reads its images from files."""
@@ -51,23 +51,26 @@ class Planner:
     def entry(self, block: str, name: str, dataset: str) -> dict:
         return resolve(self.config[block][entry_name(name)], dataset, f"{block}.{name}")
 
+    def dataset(self, name: str) -> dict:
+        return self.entry("datasets", name, name)
+
     def images(self, dataset: str) -> tuple[int, int]:
         """Training and test images; raises `Unmeasured` where the data must be read to know."""
-        found = self.costs["images"].get(self.entry("datasets", dataset, dataset)["source"])
+        found = self.costs["images"].get(self.dataset(dataset)["source"])
         if not found:
             raise Unmeasured
         return tuple(found)
 
     def classes(self, dataset: str) -> int:
-        return class_count(self.entry("datasets", dataset, dataset))
+        return class_count(self.dataset(dataset))
 
     def pixels(self, dataset: str) -> int:
         """Values of an image, three channels."""
-        return 3 * self.entry("datasets", dataset, dataset)["resolution"] ** 2
+        return 3 * self.dataset(dataset)["resolution"] ** 2
 
     def forward(self, network: Mapping, dataset: str) -> float:
         """Operations of one image through a network."""
-        side = self.entry("datasets", dataset, dataset)["resolution"]
+        side = self.dataset(dataset)["resolution"]
         if network["architecture"] == "convnet":
             width, depth = network.get("width", 128), network.get("depth", 3)
             inputs = [3, *[width] * (depth - 1)]
@@ -84,13 +87,13 @@ class Planner:
     def dimension(self, network: Mapping, dataset: str) -> int:
         """Length of a feature vector."""
         if network["architecture"] == "convnet":
-            side = self.entry("datasets", dataset, dataset)["resolution"] >> network.get("depth", 3)
+            side = self.dataset(dataset)["resolution"] >> network.get("depth", 3)
             return network.get("width", 128) * side**2
         return self.measured(network)["features"]
 
     def teacher(self, w: Mapping) -> dict:
         """The teacher of a job: by its wildcard, or the dataset's own."""
-        name = w.get("teacher") or self.entry("datasets", w["dataset"], w["dataset"])["teacher"]
+        name = w.get("teacher") or self.dataset(w["dataset"])["teacher"]
         return self.entry("teachers", name, w["dataset"])
 
     def cost(self, rule: str, w: Mapping[str, str]) -> Cost | None:
@@ -118,7 +121,7 @@ class Planner:
 
     def _decoding(self, dataset: str, passes: int) -> float:
         """Seconds on a core for so many passes over the training images; none where they are kept decoded."""
-        kept = self.entry("datasets", dataset, dataset).get("store_train")
+        kept = self.dataset(dataset).get("store_train")
         return 0.0 if kept else passes * self.images(dataset)[0] * self.costs["core"]["image_seconds"]
 
     def _training_on_real(self, settings: Mapping, network: Mapping, dataset: str) -> Cost:

@@ -4,7 +4,7 @@
 rule pretrain_teacher:
     input:
         description=DESCRIPTION,
-        train=real_images,
+        train=lambda w: real_images(w.dataset),
         test=IMAGES.replace("{split}", "test"),
         weights=weights_given,
     output:

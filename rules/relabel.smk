@@ -5,7 +5,7 @@ rule relabel_images:
     input:
         description=DESCRIPTION,
         images=DISTILLED,
-        teacher=lambda w: TEACHER.format(dataset=w.dataset, teacher=labeller_of(w)),
+        teacher=lambda w: TEACHER.format(dataset=w.dataset, teacher=labeller_of(w.dataset)),
     output:
         labels=LABELS,
         header=LABELS_HEADER,

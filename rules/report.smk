@@ -5,7 +5,7 @@
 
 rule tabulate_accuracy:
     input:
-        evaluations=lambda w: evaluations(w.table),
+        evaluations=lambda w: evaluations(table_cells(w.table)),
     output:
         **table_files("{table}", "table.rst"),
     log:

@@ -19,7 +19,7 @@ def table_cells(table):
     spec, cells = config["tables"][table], []
     seeds = spec.get("seeds", config["student_seeds"])
     for dataset in spec["datasets"]:
-        settings = resolve_lists(spec, dataset, f"tables.{table}")
+        settings = resolved(spec, dataset, f"tables.{table}")
         for method in expand_methods(settings["methods"]):
             kind = entry("methods", method, dataset)["kind"]
             recipes = [REAL["recipe"]] if kind == "real" else list(settings["recipes"])
@@ -39,16 +39,9 @@ def table_cells(table):
     return cells
 
 
-def resolve_lists(spec, dataset, where):
-    try:
-        return resolve(spec, dataset, where)
-    except ConfigError as error:
-        stop(error)
-
-
-def evaluations(table):
-    """The evaluation files of a table, cell by cell and seed by seed."""
-    return [EVALUATION.format(**cell, seed=s) for cell in table_cells(table) for s in range(cell["seeds"])]
+def evaluations(cells):
+    """The evaluation files of cells, cell by cell and seed by seed."""
+    return [EVALUATION.format(**cell, seed=s) for cell in cells for s in range(cell["seeds"])]
 
 
 def made_by(step, w):
@@ -90,7 +83,7 @@ def label_of(block, name):
 
 def held_out(datasets):
     """Those of the datasets whose tests run on a part of the training set."""
-    return sorted(d for d in datasets if entry("datasets", d, d).get("validation_fraction"))
+    return sorted(d for d in datasets if dataset_of(d).get("validation_fraction"))
 
 
 def titles_of(datasets):
@@ -128,7 +121,7 @@ def figure_named(name):
     if len(spec.get("datasets", [])) != 1:
         return spec
     (dataset,) = spec["datasets"]
-    settings = resolve_lists(spec, dataset, f"figures.{name}")
+    settings = resolved(spec, dataset, f"figures.{name}")
     for c in settings.get("classes", []):
         if c >= (total := class_total(dataset)):
             stop(f"figures.{name}.classes: {c} is not a class of {dataset}; it has {total}, numbered from 0")
@@ -172,7 +165,7 @@ def gallery_input(w):
     return {
         "images": [DISTILLED.format(**place) for place in figure_sets(w)],
         "description": DESCRIPTION.format(dataset=dataset),
-        "train": real_images(SimpleNamespace(dataset=dataset)),
+        "train": real_images(dataset),
     }
 
 
@@ -217,7 +210,7 @@ def efficiency_methods(w):
         place = SimpleNamespace(dataset=dataset, method=method, ipc="1")
         if method_of(place)["kind"] not in ("recover", "dm", "dc"):
             stop(f"figures.{w.figure}.methods: {method} optimises no images; remove it")
-        if teacher_of(place) != labeller_of(place):
+        if teacher_of(place) != labeller_of(dataset):
             stop(f"figures.{w.figure}.methods: {method} has a teacher of its own; all must share one network")
         found.append(place)
     return found
@@ -233,10 +226,10 @@ def efficiency_barycenter(w):
 
 def measure_efficiency_input(w):
     dataset, barycenter = single(w, "datasets"), efficiency_barycenter(w)
-    place = {"dataset": dataset, "teacher": labeller_of(SimpleNamespace(dataset=dataset)), "ipc": 1}
+    place = {"dataset": dataset, "teacher": labeller_of(dataset), "ipc": 1}
     files = {
         "description": DESCRIPTION.format(**place),
-        "train": real_images(SimpleNamespace(dataset=dataset)),
+        "train": real_images(dataset),
         "teacher": TEACHER.format(**place),
     }
     if barycenter:
@@ -278,7 +271,7 @@ def cost_cells(w):
     """The cells of the cost table: wildcards of `evaluate_student` but for the recipe."""
     cells, spec = [], figure_of(w)
     for dataset in spec["datasets"]:
-        settings = resolve_lists(pick(spec, "methods", "ipc"), dataset, f"figures.{w.figure}")
+        settings = resolved(pick(spec, "methods", "ipc"), dataset, f"figures.{w.figure}")
         for ipc, method in itertools.product(settings["ipc"], list(expand_methods(settings["methods"]))):
             if entry("methods", method, dataset)["kind"] == "real":
                 stop(f"figures.{w.figure}.methods: {method} makes no distilled set; remove it")
@@ -297,21 +290,14 @@ def cost_recipes(w):
 
 
 def tabulate_cost_input(w):
-    cells, recipes = cost_cells(w), cost_recipes(w)
-
-    def evaluations_with(labels):
-        return [
-            EVALUATION.format(**cell, recipe=recipes[labels], seed=s)
-            for cell in cells
-            for s in range(cell["seeds"])
-        ]
-
+    cells = cost_cells(w)
+    tested = {labels: [{**c, "recipe": recipe} for c in cells] for labels, recipe in cost_recipes(w).items()}
     return {
-        "soft": evaluations_with("soft"),
-        "hard": evaluations_with("hard"),
+        "soft": evaluations(tested["soft"]),
+        "hard": evaluations(tested["hard"]),
         "images": [DISTILLED.format(**cell) for cell in cells],
         "png": [DISTILLED_PNG.format(**cell) for cell in cells],
-        "labels": [LABELS.format(**cell, recipe=recipes["soft"]) for cell in cells],
+        "labels": [LABELS.format(**cell) for cell in tested["soft"]],
     }
 
 
@@ -392,7 +378,7 @@ def tabulate_hyperparameters_settings(w):
                 )
         own = read_yaml("config.yaml" if preset == "default" else f"presets/{preset}.yaml")
         datasets = {
-            name: resolve(merged["datasets"][name], name, f"{preset}: datasets.{name}")
+            name: resolved(merged["datasets"][name], name, f"{preset}: datasets.{name}")
             for name in own.get("datasets", {})
         }
         if not datasets:
@@ -405,9 +391,9 @@ def tabulate_hyperparameters_settings(w):
                     "dataset": name,
                     "title": titles[name],
                     "resolution": dataset["resolution"],
-                    "squeeze": resolve(merged["teachers"][dataset["teacher"]], name, f"{preset}: teachers"),
+                    "squeeze": resolved(merged["teachers"][dataset["teacher"]], name, f"{preset}: teachers"),
                     "recover": {
-                        m: resolve(merged["methods"][m], name, f"{preset}: methods.{m}")
+                        m: resolved(merged["methods"][m], name, f"{preset}: methods.{m}")
                         for m in figure_of(w)["methods"]
                     },
                 }
@@ -451,8 +437,8 @@ def page_names(page):
 
 
 def page_input(w):
-    names = page_names(w.page)
-    return {"parts": [item_files(name)[0] for name in names], "descriptions": descriptions_of(names)}
+    items = page_names(w.page)
+    return {"parts": [item_files(name)[0] for name in items], "descriptions": descriptions_of(items)}
 
 
 def displayed(path):
@@ -468,7 +454,8 @@ def displayed(path):
 def build_page_settings(w):
     return {
         "page": w.page,
-        "held_out": held_out(config["datasets"]),
+        "labels": {**appearance(), "held_out": held_out(config["datasets"])},
+        "swept": swept_of(config["methods"]),
         "items": page_items(w.page),
         "config": config,
         "laid_over": [displayed(path) for path in workflow.overwrite_configfiles],
@@ -514,7 +501,7 @@ def method_labels(methods):
 
 def stored_features(dataset):
     """The features of the dataset's own teacher, and where each class begins in them."""
-    place = {"dataset": dataset, "teacher": labeller_of(SimpleNamespace(dataset=dataset))}
+    place = {"dataset": dataset, "teacher": labeller_of(dataset)}
     return {"features": FEATURES.format(**place), "index": FEATURE_INDEX.format(**place)}
 
 
@@ -527,12 +514,12 @@ def measure_distances_input(w):
     dataset, figure = single(w, "datasets"), figure_of(w)
     files = {
         "description": DESCRIPTION.format(dataset=dataset),
-        "teacher": TEACHER.format(dataset=dataset, teacher=labeller_of(SimpleNamespace(dataset=dataset))),
+        "teacher": TEACHER.format(dataset=dataset, teacher=labeller_of(dataset)),
         **stored_features(dataset),
         "images": [DISTILLED.format(**s) for s in figure_sets(w)],
     }
     if "student" in figure:
-        files["train"] = real_images(SimpleNamespace(dataset=dataset))
+        files["train"] = real_images(dataset)
         recipe = figure["recipe"]
         labels = entry("recipes", recipe, dataset)["labels"]
         if labels == "online":
@@ -548,7 +535,7 @@ def measure_distances_input(w):
 @settings_for
 def measure_distances_settings(w):
     dataset, figure = single(w, "datasets"), figure_of(w)
-    teacher = labeller_of(SimpleNamespace(dataset=dataset))
+    teacher = labeller_of(dataset)
     measured_by = ("extract_features", {"dataset": dataset, "teacher": teacher})
     recipe = figure["recipe"] if "student" in figure else None
     settings = {"expected": expected_digests([measured_by, *making_sets(w, recipe)])}
@@ -574,7 +561,7 @@ def embed_tsne_input(w):
     return {
         "description": DESCRIPTION.format(dataset=dataset),
         "images": [DISTILLED.format(**s) for s in figure_sets(w)],
-        "train": real_images(SimpleNamespace(dataset=dataset)),
+        "train": real_images(dataset),
     }
 
 
@@ -582,7 +569,7 @@ def embed_tsne_input(w):
 def embed_tsne_settings(w):
     dataset, figure = single(w, "datasets"), figure_of(w)
     single(w, "ipc")
-    teacher = labeller_of(SimpleNamespace(dataset=dataset))
+    teacher = labeller_of(dataset)
     schedule = without(entry("teachers", teacher, dataset), "architecture", "width", "depth", "weights")
     if "epochs" not in schedule:
         stop(f"figures.{w.figure}: teachers.{teacher} has no schedule to train with; give it epochs")
@@ -591,7 +578,7 @@ def embed_tsne_settings(w):
         "expected": expected_digests(making_sets(w)),
         "schedule": schedule,
         "student": network_entry("students", figure["student"], dataset),
-        "flip": entry("datasets", dataset, dataset).get("flip", True),
+        "flip": flips(dataset),
         "seed": config["seed"],
     }
 
@@ -608,7 +595,7 @@ def trace_barycenters_input(w):
 @settings_for
 def trace_barycenters_settings(w):
     dataset = single(w, "datasets")
-    teacher = labeller_of(SimpleNamespace(dataset=dataset))
+    teacher = labeller_of(dataset)
     place = {"dataset": dataset, "teacher": teacher}
     return {
         "figure": {"ipc": figure_of(w)["ipc"], **pick(figure_of(w), "classes", "iterations")},

@@ -159,9 +159,7 @@ def test_the_parts_of_three_processes_are_the_batch_of_one(files, monkeypatch):
             crops = FileCrops(source, 8, ("x",), 0.5, True)
             return list(file_batches(crops, 6, *stats, workers=1, device=CPU)(0))
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        draw = real_batches(
-            images, torch.arange(22), 6, *stats, ("x",), crop_scale_min=0.5, flip=True, device=CPU
-        )
+        draw = real_batches(images, torch.arange(22), 6, *stats, ("x",), crop_scale_min=0.5, flip=True)
         return list(draw(0))
 
     whole, parts = epoch(), []
@@ -179,7 +177,7 @@ def test_a_batch_too_small_for_every_process_is_left_out(monkeypatch):
     images, labels = torch.zeros(7, 3, 8, 8, dtype=torch.uint8), torch.arange(7)
     pretend(monkeypatch, 2, 3)
     stats = (torch.zeros(3), torch.ones(3))
-    draw = real_batches(images, labels, 5, *stats, ("x",), crop_scale_min=1.0, flip=False, device=CPU)
+    draw = real_batches(images, labels, 5, *stats, ("x",), crop_scale_min=1.0, flip=False)
     assert [len(targets) for _, targets in draw(0)] == [1]  # of 5 and 2 images, the first alone
 
 

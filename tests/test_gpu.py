@@ -280,9 +280,7 @@ def train(device: torch.device, kind: str, optimizer: str, name: str = "bfloat16
     images, labels = SET.to(device), (torch.arange(11) % CLASSES).to(device)
     if kind == "real":
         loss = hard_label_loss
-        batches = real_batches(
-            images, labels, 4, MEAN, STD, (0,), crop_scale_min=0.3, flip=True, device=device
-        )
+        batches = real_batches(images, labels, 4, MEAN, STD, (0,), crop_scale_min=0.3, flip=True)
     else:
         loss = mixed_label_loss
         batches = hard_label_batches(images, torch.ones(11), labels.cpu(), VIEWS, 4, MEAN, STD, (0,))

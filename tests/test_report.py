@@ -664,7 +664,8 @@ def page(tmp_path) -> tuple[str, Resources]:
         "config": {"seed": 7, **blocks},
         "laid_over": ["presets/a.yaml", "mine.yaml"],
         "overridden": ["seed=1", 'student_seeds={"a": 2}'],
-        "held_out": [],
+        "labels": {**LABELS, "held_out": []},
+        "swept": {},
     }
     parts = [str(tmp_path / n) for n in ("main.csv", "cost.csv", "curve.png")]
     header = make_header("describe_dataset", {"dataset": "imagenette"}, {}, "")

@@ -235,7 +235,7 @@ def test_training_on_real_images_is_given_flips_crops_precision_and_progress(
 
     def fit(*_, **named):
         given.update(named)
-        return Curve([0], [0.5], [None])
+        return Curve([0.5], [None])
 
     monkeypatch.setattr(module, "fit", fit)
     monkeypatch.setattr(real_images, "real_batches", lambda *_, **named: given.update(named))
@@ -255,7 +255,7 @@ def test_training_on_real_images_is_given_flips_crops_precision_and_progress(
     if module is pretrain_teacher:
         top1 = read_json(output["metrics"])["top1"]
         with open(output["curve"]) as file:
-            assert file.read() == f"epoch,train_loss,top1\n0,0.500000,{top1:.4f}\n"
+            assert file.read() == f"epoch,train_loss,top1\n1,0.500000,{top1:.4f}\n"
 
 
 def test_losses_are_summed_over_shards_and_classes_and_counted_from_one(tmp_path):

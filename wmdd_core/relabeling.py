@@ -138,7 +138,6 @@ def soft_label_batches(
     frozen teacher, which then labels each view as it comes: the same labels but for rounding, nothing stored.
     On a GPU a batch overwrites the views of the one before.
     """
-
     device = images.device
     view = batch_viewer(images, mean, std, cutmix=settings.cutmix)
     weights = weights.to(device)
@@ -174,7 +173,6 @@ def hard_label_batches(
 
     On a GPU a batch overwrites the views of the one before.
     """
-
     device = images.device
     view = batch_viewer(images, mean, std, cutmix=settings.cutmix)
     labels, weights = labels.to(device), weights.to(device)

@@ -73,13 +73,12 @@ class Schedule:
 class Curve:
     """What happened in each epoch: mean training loss, and accuracy where it was measured."""
 
-    epoch: list[int] = field(default_factory=list)
     train_loss: list[float] = field(default_factory=list)
     top1: list[float | None] = field(default_factory=list)
 
     def rows(self) -> Iterator[tuple[int, float, float | None]]:
-        """(epoch, training loss, top-1 or None), an epoch each."""
-        return zip(self.epoch, self.train_loss, self.top1, strict=True)
+        """(epoch from 1, training loss, top-1 or None), an epoch each."""
+        return zip(range(1, len(self.train_loss) + 1), self.train_loss, self.top1, strict=True)
 
 
 @small_blocks_apart()
@@ -111,7 +110,7 @@ def fit(
     if state := _from_first(progress.resume() if progress else None):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        curve, first = Curve(**state["curve"]), len(state["curve"]["epoch"])
+        curve, first = Curve(**state["curve"]), len(state["curve"]["train_loss"])
     parallel = dist.is_initialized()
     network = DistributedDataParallel(model) if parallel else model
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -145,7 +144,6 @@ def fit(
         due = (
             test is not None and test_every and (epoch + 1) % test_every == 0 and epoch + 1 < schedule.epochs
         )
-        curve.epoch.append(epoch + 1)
         curve.train_loss.append(mean)
         curve.top1.append(test() if due else None)
         if progress:
@@ -155,7 +153,7 @@ def fit(
                 lambda: {
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
-                    "curve": {"epoch": curve.epoch, "train_loss": curve.train_loss, "top1": curve.top1},
+                    "curve": vars(curve),
                 },
                 lambda: {"loss": curve.train_loss[-1]},
             )
@@ -206,13 +204,12 @@ def real_batches(
     *,
     crop_scale_min: float,
     flip: bool,
-    device: torch.device,
 ) -> Callable[[int], Iterator[Batch]]:
     """Batches of resident real images, uint8 (N, 3, R, R), freshly cropped and flipped in each epoch.
 
     On a GPU a batch overwrites the images of the one before.
     """
-    view = batch_viewer(images, mean, std, cutmix=False)
+    view, device = batch_viewer(images, mean, std, cutmix=False), images.device
 
     def batches(epoch: int) -> Iterator[Batch]:
         generator = torch_generator(*seed_names, "epoch", epoch)

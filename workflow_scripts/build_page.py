@@ -116,15 +116,6 @@ def heading(name: str) -> str:
 # ---- the page --------------------------------------------------------------------------------
 
 
-def labels_of(settings: Mapping) -> tuple[dict, dict]:
-    """(block → name → what people read, method → its place in a sweep), from the configuration."""
-    config = settings["config"]
-    blocks = {"datasets": "title", "methods": "label", "students": "label", "recipes": "label"}
-    labels = {b: {n: e.get(key, n) for n, e in config[b].items()} for b, key in blocks.items()}
-    labels["held_out"] = settings["held_out"]
-    return labels, {m: e["swept"] for m, e in config["methods"].items() if "swept" in e}
-
-
 def image_of(path: str) -> dict:
     """A PNG as a data URI with its size on the page."""
     content = Path(path).read_bytes()
@@ -162,7 +153,7 @@ def build_item(item: Mapping, path: str, page: str, settings: Mapping) -> dict:
         return {**shown, "caption": shown["caption"] or default, "image": image_of(path)}
     rows = read_rows(path)
     if rows and set(COLUMNS) <= set(rows[0]):
-        return {**shown, "table": accuracy_table(rows, *labels_of(settings))}
+        return {**shown, "table": accuracy_table(rows, settings["labels"], settings["swept"])}
     return {**shown, "table": plain_table(Path(path).with_suffix(".md").read_text(encoding="utf-8"))}
 
 

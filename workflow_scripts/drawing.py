@@ -94,6 +94,13 @@ def base_name(method: str) -> str:
     return max(found, key=len, default=method)
 
 
+def names_of(methods: Sequence[str], labels: Mapping[str, str]) -> dict[str, str]:
+    """What the legend calls each method; of several with one label, variants go by their own names."""
+    read = {m: labels.get(m, m) for m in methods}
+    shared = [n for n in read.values() if list(read.values()).count(n) > 1]
+    return {m: m if n in shared and base_name(m) != m else n for m, n in read.items()}
+
+
 def colour_of(method: str) -> str:
     """The method's colour in every figure, from its name alone; variants have tints of their base's."""
     base = base_name(method)

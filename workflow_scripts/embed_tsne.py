@@ -62,7 +62,6 @@ def train_on_mixture(
         names,
         crop_scale_min=settings["schedule"]["crop_scale_min"],
         flip=settings["flip"],
-        device=device,
     )
     model = build_model(**network_of(settings["student"], description), seed=derive_seed(*names)).to(device)
     fit(

@@ -73,6 +73,21 @@ def train_student(
     return student, curve
 
 
+def write_evaluation(
+    job: Job, student: Classifier, curve: Curve, labels: str, description: Mapping, inputs: list[dict]
+) -> None:
+    """Test a student on the real test set and write that, with the kind of `labels` it was trained on.
+
+    `inputs` are the headers of what it was made from.
+    """
+    test, test_labels = resident(open_images(job, description, "test"), job.device)
+    batches = test_batches(test, test_labels, *normalisation(description), job.device)
+    tested = accuracy(student, batches, precision=precision(job.settings, job.device))
+    content = {**tested, "labels": labels, "train_loss": curve.train_loss[-1]}
+    write_json(job.output["evaluation"], content, job.header(inputs))
+    print(f"top-1 {tested['top1']:.2f} %, top-5 {tested['top5']:.2f} % on {tested['count']} test images")
+
+
 def main(job: Job) -> None:
     device, description = job.device, job.description()
     distilled, distilled_header = read_tensors(job.input["images"])
@@ -88,13 +103,8 @@ def main(job: Job) -> None:
         inputs.append(teacher_header)
     progress, seed = job.progress(inputs), job.wildcards["seed"]
     student, curve = train_student(job.settings, distilled, labeller, description, seed, device, progress)
-    test, test_labels = resident(open_images(job, description, "test"), device)
-    batches = test_batches(test, test_labels, *normalisation(description), device)
-    tested = accuracy(student, batches, precision=precision(job.settings, device))
-    content = {**tested, "labels": job.settings["recipe"]["labels"], "train_loss": curve.train_loss[-1]}
-    write_json(job.output["evaluation"], content, job.header(inputs))
+    write_evaluation(job, student, curve, job.settings["recipe"]["labels"], description, inputs)
     progress.finish()
-    print(f"top-1 {tested['top1']:.2f} %, top-5 {tested['top5']:.2f} % on {tested['count']} test images")
 
 
 if __name__ == "__main__":

@@ -81,13 +81,11 @@ def both_sides(network: Classifier, x: Tensor, y: Tensor, weights: Tensor, c: in
 
 def with_means(rows: Sequence[dict]) -> pd.DataFrame:
     """The lines, and after those of each method and size one with their mean over classes."""
-    table = pd.DataFrame(rows)
-    means = table.drop(columns="class").groupby(["ipc", "method"], sort=False, as_index=False).mean()
-    parts = []
-    for place, own in table.groupby(["ipc", "method"], sort=False):
-        mean = means[(means.ipc == place[0]) & (means.method == place[1])]
+    table, place, parts = pd.DataFrame(rows), ["ipc", "method"], []
+    for _, own in table.groupby(place, sort=False):
+        mean = own.drop(columns="class").groupby(place, as_index=False).mean()
         parts += [own, mean.assign(**{"class": MEAN})]
-    return pd.concat(parts)[table.columns].reset_index(drop=True)
+    return pd.concat(parts, ignore_index=True)[table.columns]
 
 
 def soft_labels_of(job: Job, sets: Sequence[DistilledSet]) -> list[str | None]:

@@ -15,7 +15,7 @@ from wmdd_core.artifacts import write_text
 from wmdd_core.errors import UserError
 from wmdd_core.terms import tell_apart
 from workflow_scripts.checks import ALL
-from workflow_scripts.drawing import base_name, line_styles, new_figure, save
+from workflow_scripts.drawing import line_styles, names_of, new_figure, save
 from workflow_scripts.job import Job, run
 from workflow_scripts.plain_tables import Row, read_rows
 
@@ -109,13 +109,6 @@ def legend_handles(rows: Sequence[Row], names: Mapping[str, str], styles: Mappin
         hollow = {"marker": "o", "markerfacecolor": "white", "linestyle": "", "color": "#444444"}
         handles.append(Line2D([], [], label="published", **hollow))
     return handles
-
-
-def names_of(methods: Sequence[str], labels: Mapping[str, str]) -> dict[str, str]:
-    """What the legend calls each method; of several with one label, variants go by their own names."""
-    read = {m: labels.get(m, m) for m in methods}
-    shared = [n for n in read.values() if list(read.values()).count(n) > 1]
-    return {m: m if n in shared and base_name(m) != m else n for m, n in read.items()}
 
 
 def panel_titles(places: Sequence[Sequence[str]], labels: Mapping) -> list[str]:

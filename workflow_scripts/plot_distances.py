@@ -12,9 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from wmdd_core.terms import MEAN
-from workflow_scripts.drawing import arranged, line_styles, new_figure, save
+from workflow_scripts.drawing import arranged, line_styles, names_of, new_figure, save
 from workflow_scripts.job import Job, run
-from workflow_scripts.plot_accuracy import names_of
 
 METRICS = {"w1": "W₁", "w2": "W₂", "mmd_linear": "MMD, linear", "mmd_rbf": "MMD, RBF"}
 MARKERS = dict(zip(METRICS, ("o", "s", "^", "D"), strict=True))

@@ -109,7 +109,7 @@ def bands_of(real: Block, blocks: Sequence[Block], rows: int) -> list[list[Block
     for index, block in enumerate(blocks):
         opens = index == 0 or blocks[index - 1].group != block.group
         together = [b for b in blocks if b.group == block.group] if opens else [block]
-        if len(bands[-1]) > 1 and not fits(together) or len(bands[-1]) > 1 and not fits([block]):
+        if len(bands[-1]) > 1 and not fits(together):
             bands.append([real])
         bands[-1].append(block)
     return bands

@@ -9,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from workflow_scripts.drawing import arranged, class_titles, new_figure, save
+from workflow_scripts.drawing import arranged, class_titles, names_of, new_figure, save
 from workflow_scripts.job import Job, run
-from workflow_scripts.plot_accuracy import names_of
 
 # Tol's muted colours and black: ten that colour-blind readers can tell apart.
 CLASS_COLOURS = (

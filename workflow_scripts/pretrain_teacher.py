@@ -69,7 +69,7 @@ def load_published(model: Classifier, architecture: str, weights: str) -> None:
 def main(job: Job) -> None:
     gpus = int(os.environ.get("WMDD_GPUS", 1))
     if gpus == 1 or "weights" in job.settings:
-        return train(job, job.device)
+        return train(job)
     if gpus > job.settings["batch_size"]:
         raise UserError(
             f"batch_size: {job.settings['batch_size']} is below the number of GPUs, {gpus}; use fewer"
@@ -113,10 +113,9 @@ def launch(job: Job, processes: int) -> None:
 
 def train_part(job: Job) -> None:
     """One of the processes that train together."""
-    device = job.device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if job.device.type == "cuda" else "gloo")
     try:
-        train(job, device)
+        train(job)
     finally:
         dist.destroy_process_group()
 
@@ -129,9 +128,9 @@ def normalised_together(model: nn.Module, device: torch.device) -> nn.Module:
     return together
 
 
-def train(job: Job, device: torch.device) -> None:
-    settings = job.settings
-    description = job.description()
+def train(job: Job) -> None:
+    """Train or load the teacher, test it and write it; of several processes the first writes."""
+    settings, device, description = job.settings, job.device, job.description()
     test, test_labels = resident(open_images(job, description, "test"), device)
     mean, std = normalisation(description)
     names = (settings["seed"], job.wildcards["dataset"], "teacher", job.wildcards["teacher"])
@@ -158,7 +157,7 @@ def train(job: Job, device: torch.device) -> None:
         curve = fit(
             model,
             schedule_of(settings),
-            training_batches(job, description, names, settings, settings["flip"], device),
+            training_batches(job, description, names, settings),
             hard_label_loss,
             test=lambda: tested()["top1"],
             test_every=max(1, settings["epochs"] // 20),

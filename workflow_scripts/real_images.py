@@ -72,18 +72,21 @@ def draw_random(
 
 
 def training_batches(
-    job: Job, description: dict, names: tuple, settings: dict, flip: bool, device: torch.device
+    job: Job, description: dict, names: tuple, settings: dict
 ) -> Callable[[int], Iterator[Batch]]:
-    """Epochs of augmented training images: from memory where they are decoded, else from files."""
-    mean, std = normalisation(description)
-    chosen = {"crop_scale_min": settings["crop_scale_min"], "flip": flip, "device": device}
+    """Epochs of augmented training images: from memory where they are decoded, else from files.
+
+    `settings` has `batch_size` and `crop_scale_min`; whether to flip is a setting of the job.
+    """
+    (mean, std), device = normalisation(description), job.device
+    crops = {"crop_scale_min": settings["crop_scale_min"], "flip": job.settings["flip"]}
     if job.input.get("train"):
         images, labels = resident(open_images(job, description, "train"), device)
-        return real_batches(images, labels, settings["batch_size"], mean, std, names, **chosen)
+        return real_batches(images, labels, settings["batch_size"], mean, std, names, **crops)
     leave_cores_to_decoding(device)
     source = open_described(description, "train", job.input["description"])
-    crops = FileCrops(source, description["resolution"], names, settings["crop_scale_min"], flip)
-    return file_batches(crops, settings["batch_size"], mean, std, workers=job.threads, device=device)
+    files = FileCrops(source, description["resolution"], names, **crops)
+    return file_batches(files, settings["batch_size"], mean, std, workers=job.threads, device=device)
 
 
 def leave_cores_to_decoding(device: torch.device) -> None:

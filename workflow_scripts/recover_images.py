@@ -43,7 +43,7 @@ def read_statistics(path: str) -> tuple[dict[str, LayerStatistics], dict]:
 
 
 def build_shard(
-    job: Job, settings: Mapping, classes: list[int], numbers: list[int], layout: str
+    job: Job, settings: Mapping, classes: list[int], numbers: list[int], batch_layout: str
 ) -> tuple[Shard, list[dict]]:
     """The shard of these classes and image numbers, and the headers of what it is made from."""
     headers, statistics = [], {}
@@ -68,7 +68,7 @@ def build_shard(
             return torch.from_numpy(np.array(features[offsets[c] + chosen.numpy()]))
 
     group, index = pairs.unbind(1)
-    batch = index - numbers[0] if layout == "one_per_class" else None
+    batch = index - numbers[0] if batch_layout == "one_per_class" else None
     return Shard(
         torch.tensor(classes), group, index, weights, statistics, atoms, real_features, batch
     ), headers
@@ -113,8 +113,7 @@ def main(job: Job) -> None:
     names, ipc = (seed, job.wildcards["dataset"]), int(job.wildcards["ipc"])
     if settings["start"] == "real":
         check_class_sizes(description, job.wildcards["dataset"], ipc)
-    place = (ipc, sharding["batch_size"], sharding["batch_layout"])
-    members = shard_members(sharding["classes"], *place, int(job.wildcards["shard"]))
+    members = shard_members(ipc=ipc, shard=int(job.wildcards["shard"]), **sharding)
     shard, headers = build_shard(job, settings, *members, sharding["batch_layout"])
     inputs = [description["header"], teacher_header, *headers]
     progress = job.progress(inputs)

@@ -149,57 +149,65 @@ def pivot(rows: Sequence[Row], labels: Mapping, swept: Mapping) -> Pivot:
 
     labels: block → name → what people read; swept: method → {key, value} of the members of a sweep.
     """
-
-    read = {
-        block: tell_apart({n: labels.get(block, {}).get(n, n) for n in dict.fromkeys(r[key] for r in rows)})
-        for block, key in (("datasets", "dataset"), ("students", "student"), ("recipes", "recipe"))
-    }
-    datasets = list(read["datasets"])
+    datasets = names_read(rows, "dataset", labels)
+    order = list(datasets)
     columns = sorted(
         {(r["dataset"], r["ipc"]) for r in rows},
-        key=lambda c: (datasets.index(c[0]), c[1] == ALL, _number(c[1])),
+        key=lambda c: (order.index(c[0]), c[1] == ALL, _number(c[1])),
     )
-    several_students = len({r["student"] for r in rows}) > 1
-    several_recipes = len({r["recipe"] for r in rows if r["ipc"] != ALL}) > 1
-    keys = {swept[r["method"]]["key"] for r in rows if r["method"] in swept}
-
-    def title(student: str, recipe: str) -> str:
-        parts = [read["students"][student]] if several_students else []
-        return ", ".join([*parts, f"recipe {read['recipes'][recipe]}"] if several_recipes else parts)
-
-    groups: dict[str, dict[str, dict]] = {}
-    for row in rows:
-        # The ceiling has a recipe of its own; it heads each group of its student.
-        recipes = {r["recipe"]: 0 for r in rows if r["student"] == row["student"] and r["ipc"] != ALL}
-        for recipe in (recipes or [row["recipe"]]) if row["ipc"] == ALL else [row["recipe"]]:
-            line = groups.setdefault(title(row["student"], recipe), {}).setdefault(row["method"], {})
-            line[row["dataset"], row["ipc"]] = row
-
-    named = labels.get("methods", {})
-    single = dict.fromkeys(r["method"] for r in rows if r["method"] not in swept)  # others have their values
-    single = tell_apart({m: named.get(m, m) for m in single})
-
-    def stub(method: str) -> list[str]:
-        found = swept.get(method)
-        name = named.get(method, method) if found else single[method]
-        if not keys:
-            return [name]
-        if found is None:
-            return [name, ""]
-        return [
-            name,
-            f"{found['value']}" if len(keys) == 1 else f"{symbol(found['key'])} = {found['value']}",
-        ]
-
-    value_name = [symbol(next(iter(keys))) if len(keys) == 1 else "setting"] if keys else []
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    head, stubs = stubs_of(methods, labels.get("methods", {}), swept)
     return Pivot(
-        ["Method", *value_name],
-        [(read["datasets"][d], ALL if i == ALL else f"IPC {i}") for d, i in columns],
+        head,
+        [(datasets[d], ALL if i == ALL else f"IPC {i}") for d, i in columns],
         [
-            (t, [(stub(m), [line.get(c) for c in columns]) for m, line in g.items()])
-            for t, g in groups.items()
+            (title, [(stubs[m], [line.get(c) for c in columns]) for m, line in lines.items()])
+            for title, lines in grouped(rows, labels).items()
         ],
     )
+
+
+def names_read(rows: Sequence[Row], key: str, labels: Mapping) -> dict[str, str]:
+    """Name → what people read, for the datasets, students or recipes (`key`) of the lines, in their order."""
+    read = labels.get(f"{key}s", {})
+    return tell_apart({n: read.get(n, n) for n in dict.fromkeys(r[key] for r in rows)})
+
+
+def grouped(rows: Sequence[Row], labels: Mapping) -> dict[str, dict[str, dict[tuple[str, str], Row]]]:
+    """Title → method → (dataset, images per class) → line.
+
+    The ceiling has a recipe of its own; it heads each group of its student.
+    """
+    students, recipes = names_read(rows, "student", labels), names_read(rows, "recipe", labels)
+    distilled = [r for r in rows if r["ipc"] != ALL]
+    several_recipes = len({r["recipe"] for r in distilled}) > 1
+    groups: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        own = [r["recipe"] for r in distilled if r["student"] == row["student"]] if row["ipc"] == ALL else []
+        for recipe in dict.fromkeys(own or [row["recipe"]]):
+            parts = [students[row["student"]]] if len(students) > 1 else []
+            parts += [f"recipe {recipes[recipe]}"] if several_recipes else []
+            line = groups.setdefault(", ".join(parts), {}).setdefault(row["method"], {})
+            line[row["dataset"], row["ipc"]] = row
+    return groups
+
+
+def stubs_of(
+    methods: Sequence[str], names: Mapping[str, str], swept: Mapping
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Heads of the leading columns, and method → what stands there: its name, and a sweep's value."""
+    single = tell_apart({m: names.get(m, m) for m in methods if m not in swept})  # others have their values
+    keys = {swept[m]["key"] for m in methods if m in swept}
+    if not keys:
+        return ["Method"], {m: [single[m]] for m in methods}
+
+    def value(member: Mapping) -> str:
+        return f"{member['value']}" if len(keys) == 1 else f"{symbol(member['key'])} = {member['value']}"
+
+    head = symbol(next(iter(keys))) if len(keys) == 1 else "setting"
+    return ["Method", head], {
+        m: [names.get(m, m), value(swept[m])] if m in swept else [single[m], ""] for m in methods
+    }
 
 
 @dataclass(frozen=True)
