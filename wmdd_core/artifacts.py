@@ -18,12 +18,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from wmdd_core.digests import canonical, digest, lineage_name
 from wmdd_core.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PACKAGES = ("numpy", "torch", "torchvision", "POT", "scikit-learn", "pillow")
 
@@ -143,6 +146,11 @@ def read_json(path: Path | str) -> dict:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON or of UTF-8
         raise _damaged(path, error) from error
+
+
+def write_csv(path: Path | str, table: pd.DataFrame, number: str | None = None) -> None:
+    """Write a table with the names of its columns; `number` is how floats are written, as `%.6g`."""
+    write_text(path, table.to_csv(index=False, lineterminator="\n", float_format=number))
 
 
 def read_array(path: Path | str) -> np.memmap:

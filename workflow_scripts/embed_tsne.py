@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from wmdd_core.artifacts import write_text
+from wmdd_core.artifacts import write_csv
 from wmdd_core.device import precision
 from wmdd_core.errors import UserError
 from wmdd_core.metrics import coverage, mean_between_distance, mean_within_distance
@@ -195,14 +195,10 @@ def main(job: Job) -> None:
         shown = drawn_evenly(embedded.real_labels, figure.get("images", REAL_SHOWN), (*names, "shown"))
         maps.append(map_points(embedded, shown, derive_seed(*names, "map")))
         lines.append({"method": own.method, "ipc": int(own.ipc), **summarise(embedded, names)})
-    write_text(job.output["csv"], as_csv(pd.DataFrame(lines), "%.6g"))
-    write_text(job.output["points"], as_csv(pd.concat(maps), "%.4f"))
+    write_csv(job.output["csv"], pd.DataFrame(lines), "%.6g")
+    write_csv(job.output["points"], pd.concat(maps), "%.4f")
     for progress in progresses:
         progress.finish()
-
-
-def as_csv(table: pd.DataFrame, number: str) -> str:
-    return table.to_csv(index=False, lineterminator="\n", float_format=number)
 
 
 if __name__ == "__main__":

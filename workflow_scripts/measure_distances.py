@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wmdd_core.artifacts import read_array, read_json, write_text
+from wmdd_core.artifacts import read_array, read_json, write_csv
 from wmdd_core.discrepancies import exact_wasserstein, measure_lipschitz_bound, mmd_linear, mmd_rbf
 from wmdd_core.metrics import cross_entropy_lipschitz, mean_squared_distance
 from wmdd_core.models import Classifier, freeze
@@ -155,7 +155,7 @@ def main(job: Job) -> None:
             networks["student"] = (student, embed_images(student, own.images, description, device), real)
         lines += measure_set(own, networks, len(description["classes"]))
     table = with_means(lines)
-    write_text(job.output["csv"], table.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
+    write_csv(job.output["csv"], table, "%.6g")
     for progress in progresses:
         progress.finish()
 

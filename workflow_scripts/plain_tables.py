@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from wmdd_core.artifacts import write_text
+from wmdd_core.artifacts import write_csv, write_text
 
 MISSING = "–"
 
@@ -34,7 +34,7 @@ def write_table(
     notes: Sequence[str],
 ) -> None:
     """Write `rows` as CSV and `shown` as Markdown and LaTeX, with the notes under it."""
-    write_text(output["csv"], pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+    write_csv(output["csv"], pd.DataFrame(rows))
     write_text(output["md"], as_markdown(shown, title, notes))
     write_text(output["tex"], as_latex(shown, notes))
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from wmdd_core.artifacts import write_text
+from wmdd_core.artifacts import write_csv
 from wmdd_core.errors import UserError
 from wmdd_core.terms import tell_apart
 from workflow_scripts.checks import ALL
@@ -161,7 +161,7 @@ def main(job: Job) -> None:
             f"{job.input['table']} holds no distilled set; give the table an ipc and a method to draw"
         )
     save(draw(rows, job.settings["labels"]), job.output)
-    write_text(job.output["csv"], pd.DataFrame(rows)[DRAWN].to_csv(index=False, lineterminator="\n"))
+    write_csv(job.output["csv"], pd.DataFrame(rows)[DRAWN])
 
 
 if __name__ == "__main__":

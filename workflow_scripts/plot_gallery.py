@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from wmdd_core.artifacts import read_tensors, write_text
+from wmdd_core.artifacts import read_tensors, write_csv
 from workflow_scripts.distilled_sets import check_artefact
 from workflow_scripts.drawing import DPI, class_titles, new_figure, save
 from workflow_scripts.job import Job, listed, run
@@ -237,7 +237,7 @@ def main(job: Job) -> None:
     blocks = [distilled_block(p, job, description, classes, count) for p in listed(job.input["images"])]
     save(draw(real, blocks, class_titles(description, classes)), job.output)
     lines = [line for block in [real, *blocks] for line in block.lines]
-    write_text(job.output["csv"], pd.DataFrame(lines).to_csv(index=False, lineterminator="\n"))
+    write_csv(job.output["csv"], pd.DataFrame(lines))
 
 
 if __name__ == "__main__":

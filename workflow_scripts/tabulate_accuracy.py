@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from wmdd_core.artifacts import read_json, write_text
+from wmdd_core.artifacts import read_json, write_csv, write_text
 from wmdd_core.errors import UserError
 from wmdd_core.metrics import format_mean_sd, mean_and_sd
 from wmdd_core.terms import tell_apart
@@ -343,10 +343,6 @@ def provenance(evaluations: Sequence[Mapping]) -> str:
 # ---- formats ---------------------------------------------------------------------------------
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    return pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(index=False, lineterminator="\n")
-
-
 def as_markdown(table: Pivot, title: str, *notes: str) -> str:
     """A pipe table with its notes."""
 
@@ -401,7 +397,7 @@ def main(job: Job) -> None:
 
     table = pivot(rows, labels, settings["swept"])
     notes = (describe(rows, labels), provenance([e for found in evaluations for e in found]))
-    write_text(job.output["csv"], as_csv(rows))
+    write_csv(job.output["csv"], pd.DataFrame(rows, columns=list(COLUMNS)))
     write_text(job.output["md"], as_markdown(table, settings["title"], *notes))
     write_text(job.output["tex"], as_latex(table, *notes))
     print(as_markdown(table, settings["title"]))

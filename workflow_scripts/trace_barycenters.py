@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from wmdd_core.artifacts import read_array, read_json, write_text
+from wmdd_core.artifacts import read_array, read_json, write_csv
 from wmdd_core.barycenter import wasserstein_barycenter
 from wmdd_core.errors import UserError
 from wmdd_core.seeding import derive_seed, numpy_generator
@@ -187,7 +187,7 @@ def main(job: Job) -> None:
     columns = ["class", "ipc", "barycenter", "start", "iteration", "w2_squared", "excess_percent", "seconds"]
     table = pd.DataFrame(lines)[columns].astype({"iteration": "Int64"})
     save(draw(table, settings["barycenters"], iterations), job.output)
-    write_text(job.output["csv"], table.to_csv(index=False, lineterminator="\n", float_format="%.8g"))
+    write_csv(job.output["csv"], table, "%.8g")
 
 
 if __name__ == "__main__":
