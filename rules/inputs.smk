@@ -70,9 +70,11 @@ def stamp_of(path):
     Snakemake asks only whether an input is newer than what was made of it: another file that is older, copied
     or renamed with its times, would count as the one before.
     """
-    paths = [path] if os.path.isfile(path) else []
-    for folder, folders, names in os.walk(path):
-        folders[:] = filter(is_shown, folders)
+    paths, seen = [path] if os.path.isfile(path) else [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        known = os.path.realpath(folder) in seen  # a link to a folder around it would have no end
+        seen.add(os.path.realpath(folder))
+        folders[:] = [] if known else filter(is_shown, folders)
         paths += [os.path.join(folder, name) for name in names if is_shown(name)]
     found = [(os.path.relpath(p, path), os.stat(p)) for p in sorted(paths) if os.path.exists(p)]
     return digest([[name, status.st_size, int(status.st_mtime)] for name, status in found])
@@ -202,6 +204,10 @@ def recover_images_settings(w):
     if method["bn_term"] != "none" and architecture.startswith("vit"):
         stop(f"methods.{w.method}: its teacher {teacher} has no BatchNorm layer; set bn_term: none")
     unread = ["ce_weight"] if method["feature_term"] == "cross_entropy" else []
+    unread += [] if method["feature_term"] in SET_TERMS else ["real_batch"]
+    unread += [] if method["feature_term"] == "sliced_wasserstein" else ["directions"]
+    if method["bn_term"] == "none":  # its weight is no reason to recover again
+        method, unread = {**method, "lambda_bn": 0}, [*unread, "first_bn_multiplier"]
     return {
         "flip": flips(w.dataset),
         **without(
@@ -234,7 +240,11 @@ def distil_baseline_input(w):
 @settings_for
 def distil_baseline_settings(w):
     method = method_of(w)
-    flip = ["flip"] if flips(w.dataset) and method["augmentation"] else []
+    flip = (
+        ["flip"]
+        if flips(w.dataset) and method["augmentation"] and "flip" not in method["augmentation"]
+        else []
+    )
     settings = without(method, "label", "network", "swept", "learning_rate_from_ipc_100")
     if int(w.ipc) >= 100 and "learning_rate_from_ipc_100" in method:
         settings["learning_rate"] = method["learning_rate_from_ipc_100"]
@@ -325,8 +335,9 @@ def evaluate_student_input(w):
 @settings_for
 def evaluate_student_settings(w):
     recipe = entry("recipes", w.recipe, w.dataset)
+    unread = ["temperature"] if recipe["labels"] == "hard" else []
     return {
-        "recipe": without(recipe, "label", "crop_scale_min", "cutmix", "teacher_mode"),
+        "recipe": without(recipe, *unread, "label", "crop_scale_min", "cutmix", "teacher_mode"),
         "views": view_settings(w),
         "student": network_entry("students", w.student, w.dataset),
     }
@@ -396,9 +407,17 @@ def steps_before(step, w):
 
 @functools.cache
 def behind(step, **wildcards):
-    """A digest of the settings and the code of every step behind a job."""
-    steps = steps_before(step, SimpleNamespace(**wildcards))
-    return digest([[SETTINGS[r](SimpleNamespace(**w)), code_of(r), behind(r, **w)] for r, w in steps])
+    """A digest of the settings and the code of every step behind a job, and of folders made elsewhere.
+
+    A folder is no input, by whose time what was made of it would count as outdated.
+    """
+    found = []
+    for rule, place in steps_before(step, SimpleNamespace(**wildcards)):
+        w = SimpleNamespace(**place)
+        given = rule == "import_images" and os.path.isdir(external_path(w))
+        files = [external_stamp(w)] if given else []
+        found.append([SETTINGS[rule](w), code_of(rule), behind(rule, **place), *files])
+    return digest(found)
 
 
 def behind_of(step):

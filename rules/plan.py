@@ -134,7 +134,7 @@ class Planner:
 
     def pretrain_teacher(self, w: Mapping) -> Cost:
         teacher = self.teacher(w)
-        if "epochs" not in teacher:
+        if "weights" in teacher:
             return Cost()
         return self._training_on_real(teacher, teacher, w["dataset"])
 
@@ -200,8 +200,12 @@ class Planner:
 
     def evaluate_student(self, w: Mapping) -> Cost:
         recipe = self.entry("recipes", w["recipe"], w["dataset"])
-        student = self.entry("students", w["student"], w["dataset"])
-        return self._training(recipe, student, self._distilled(w), w["dataset"])
+        student, count = self.entry("students", w["student"], w["dataset"]), self._distilled(w)
+        cost = self._training(recipe, student, count, w["dataset"])
+        if recipe["labels"] != "online":
+            return cost
+        labelled = recipe["epochs"] * count * self.forward(self.teacher({**w, "teacher": None}), w["dataset"])
+        return replace(cost, operations=cost.operations + labelled)
 
 
 # ---- the summary -----------------------------------------------------------------------------

@@ -240,6 +240,17 @@ def test_costs_of_jobs_written_out():
     assert planner.cost("build_page", {"page": "index"}) == Cost()
 
 
+def test_a_teacher_that_is_loaded_costs_nothing_and_labels_online_a_pass_for_each_view():
+    config = json.loads(json.dumps(resolved("imagenette")))
+    config["teachers"]["resnet18"]["weights"] = "mine.pt"
+    config["recipes"]["wmdd"]["labels"] = "online"
+    planner = Planner(config, COSTS)
+    assert planner.cost("pretrain_teacher", {"dataset": "imagenette", "teacher": "resnet18"}) == Cost()
+    w = {"dataset": "imagenette", "method": "wmdd", "ipc": "10", "recipe": "wmdd", "student": "resnet18"}
+    forward = COSTS["networks"]["resnet18"]["large"]["gflop"] * 1e9
+    assert planner.cost("evaluate_student", {**w, "seed": "0"}) == Cost(4 * 300 * 100 * forward, 300)
+
+
 def test_shards_add_up_to_the_set():
     planner = Planner(resolved("tiny-imagenet"), COSTS)
     for method, shards in (("wmdd", 67), ("sre2l", 3 * 2)):  # 33 classes or 100 × 1 image at a time

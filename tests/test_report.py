@@ -327,7 +327,9 @@ def test_what_was_held_out_of_the_training_set_is_not_called_test_set(tmp_path):
         (["digits", "imagenette"], "on a held-out part of the training set, mean"),
     ):
         labels = {**LABELS, "held_out": held_out}
-        assert told in Results(tmp_path, cells).tabulate(labels=labels)["md"].read_text()
+        text = Results(tmp_path, cells).tabulate(labels=labels)["md"].read_text()
+        assert told in text
+        assert ("(64.8)" in text) == ("imagenette" not in held_out)  # published, of the test set
 
 
 @pytest.mark.parametrize(

@@ -192,8 +192,16 @@ def test_a_folder_made_elsewhere_that_changes_is_imported_again(smoke, tmp_path)
     assert run("--cores", "2") == {"import_images": 1, "gather_images": 1}
     assert run("--dry-run") == {}
     image = next(theirs.rglob("*.png"))
-    Image.new("RGB", Image.open(image).size).save(image)
+    size, times = Image.open(image).size, (image.stat().st_atime, image.stat().st_mtime)
+    Image.new("RGB", size).save(image)
     assert run("--dry-run") == {"import_images": 1, "gather_images": 1}
+    # An import that failed leaves no record, and no file to be older than.
+    image.unlink()
+    assert run_snakemake(directory, "--cores", "2", target, *files, preset="").returncode != 0
+    Image.new("RGB", size).save(image)
+    os.utime(image, times)
+    assert run("--cores", "2") == {"import_images": 1, "gather_images": 1}
+    assert run("--dry-run") == {}
 
 
 PHOTOS = """
