@@ -38,9 +38,8 @@ def compute_reproducibly() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
-    torch.set_float32_matmul_precision(
-        "highest"
-    )  # an environment may ask for TF32, in views and statistics too
+    # The environment may ask for TF32, which would reach views and statistics too.
+    torch.set_float32_matmul_precision("highest")
     # Where a warning is enough, fused attention takes its atomic additions.
     for switch in ("enable_flash_sdp", "enable_mem_efficient_sdp", "enable_cudnn_sdp"):
         getattr(torch.backends.cuda, switch)(False)

@@ -49,8 +49,8 @@ def replayed(work: Callable[..., Result], device: torch.device) -> Callable[...,
         if result is None:
             static.extend(value.clone() for value in inputs)
             # Other threads, which pin images for the next batches, may go on meanwhile.
-            capture = torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local")
-            with torch.cuda.device(device), capture:
+            stream, mode = _stream(device), "thread_local"
+            with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
                 result = work(*static)
         for own, given in zip(static, inputs, strict=True):
             own.copy_(given)
