@@ -203,17 +203,20 @@ def recover_images_settings(w):
     architecture = entry("teachers", teacher, w.dataset)["architecture"]
     if method["bn_term"] != "none" and architecture.startswith("vit"):
         stop(f"methods.{w.method}: its teacher {teacher} has no BatchNorm layer; set bn_term: none")
-    unread = ["ce_weight"] if method["feature_term"] == "cross_entropy" else []
-    unread += [] if method["feature_term"] in SET_TERMS else ["real_batch"]
-    unread += [] if method["feature_term"] == "sliced_wasserstein" else ["directions"]
+    unread = {
+        "ce_weight": method["feature_term"] == "cross_entropy",
+        "real_batch": method["feature_term"] not in SET_TERMS,
+        "directions": method["feature_term"] != "sliced_wasserstein",
+        "first_bn_multiplier": method["bn_term"] == "none",
+    }
     if method["bn_term"] == "none":  # its weight is no reason to recover again
-        method, unread = {**method, "lambda_bn": 0}, [*unread, "first_bn_multiplier"]
+        method = {**method, "lambda_bn": 0}
     return {
         "flip": flips(w.dataset),
         **without(
             method,
             *("kind", "label", "teacher", "barycenter", "swept", "batch_size", "batch_layout"),
-            *unread,
+            *(key for key, is_so in unread.items() if is_so),
         ),
         "sharding": sharding_of(w),
         "seed": seed_of(w),
@@ -240,17 +243,15 @@ def distil_baseline_input(w):
 @settings_for
 def distil_baseline_settings(w):
     method = method_of(w)
-    flip = (
-        ["flip"]
-        if flips(w.dataset) and method["augmentation"] and "flip" not in method["augmentation"]
-        else []
-    )
+    augmentation = method["augmentation"]
+    if augmentation and flips(w.dataset) and "flip" not in augmentation:
+        augmentation = [*augmentation, "flip"]
     settings = without(method, "label", "network", "swept", "learning_rate_from_ipc_100")
     if int(w.ipc) >= 100 and "learning_rate_from_ipc_100" in method:
         settings["learning_rate"] = method["learning_rate_from_ipc_100"]
     return {
         **settings,
-        "augmentation": [*method["augmentation"], *flip],
+        "augmentation": augmentation,
         "network": network_entry("students", method["network"], w.dataset),
         "seed": seed_of(w),
     }

@@ -175,12 +175,12 @@ def main(job: Job) -> None:
     store = open_images(job, description, "train")
     real, labels = resident(store, device)
     names = (job.settings["seed"], description["header"]["wildcards"]["dataset"], "tsne")
+    shown_real = [real_of_class(store, c) for c in classes]
     lines, maps, progresses = [], [], []
     for own in read_distilled_sets(job, description):
         headers = [description["header"], own.header]
         progresses.append(job.progress(headers, method=own.method, ipc=own.ipc))
         model = train_on_mixture(job.settings, own, real, labels, description, progresses[-1])
-        shown_real = [real_of_class(store, c) for c in classes]
         found = [embed_images(model, images, description, device).numpy() for images in shown_real]
         rows = torch.cat([own.rows(c) for c in classes])
         pixels = {image.tobytes() for image in own.images[rows].numpy()}
@@ -188,7 +188,7 @@ def main(job: Job) -> None:
             own.method,
             np.concatenate(found),
             np.repeat(classes, [len(f) for f in found]),
-            np.array([image.tobytes() in pixels for image in np.concatenate(shown_real)]),
+            np.array([image.tobytes() in pixels for images in shown_real for image in images.numpy()]),
             embed_images(model, own.images[rows], description, device).numpy(),
             own.labels[rows].numpy(),
         )

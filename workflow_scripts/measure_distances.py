@@ -92,11 +92,11 @@ def soft_labels_of(job: Job, sets: Sequence[DistilledSet]) -> list[str | None]:
     """The file of each set's soft labels, checked to be this configuration's; None for hard labels."""
     if "labels" not in job.input:
         return [None] * len(sets)
+    views = ViewSettings(**job.settings["views"])
     for path, own in zip(listed(job.input["labels_header"]), sets, strict=True):
         labelled = read_json(path)
         check_place(path, labelled["header"], {"method": own.method, "ipc": own.ipc})
         check_lineage(path, labelled["header"], job.settings["expected"])
-        views = ViewSettings(**job.settings["views"])
         views.check(labelled["views"], len(own.images), own.images.shape[-1], path)
     return listed(job.input["labels"])
 

@@ -59,9 +59,9 @@ def build_shard(
         atoms = torch.from_numpy(np.concatenate([barycenters[c][0][numbers] for c in classes]))
         weights = torch.from_numpy(np.concatenate([barycenters[c][1][numbers] for c in classes]))
     if settings["feature_term"] in SET_TERMS:
-        index = read_json(job.input["index"])
-        headers.append(index["header"])
-        offsets = index["offsets"]
+        stored = read_json(job.input["index"])
+        headers.append(stored["header"])
+        offsets = stored["offsets"]
         features = job.mapped("features")
 
         def real_features(c: int, count: int, generator: torch.Generator) -> torch.Tensor:
