@@ -120,6 +120,7 @@ EVALUATION = (
 )
 TABLE = f"{RESULTS}/report/tables/{{table}}"
 FIGURE = f"{RESULTS}/report/figures/{{figure}}"
+MEASUREMENT = f"{RESULTS}/report/tables/{{figure}}.json"
 PAGE = f"{RESULTS}/report/{{page}}.html"
 LOGS = f"{RESULTS}/logs"
 BENCHMARKS = f"{RESULTS}/benchmarks"

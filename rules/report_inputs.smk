@@ -251,19 +251,27 @@ def measure_efficiency_settings(w):
         return without(distil_baseline_settings(place), "network", "seed")
 
     dataset, barycenter = single(w, "datasets"), efficiency_barycenter(w)
-    methods = {p.method: settings(p) for p in efficiency_methods(w)}
+    return {
+        "dataset": dataset,
+        "methods": {p.method: settings(p) for p in efficiency_methods(w)},
+        "barycenter": entry("barycenters", barycenter, dataset) if barycenter else None,
+        "iterations": figure_of(w).get("iterations", 100),
+        "seed": config["seed"],
+    }
+
+
+@settings_for
+def tabulate_efficiency_settings(w):
+    dataset, methods = single(w, "datasets"), [p.method for p in efficiency_methods(w)]
     return {
         "title": figure_of(w).get("title", w.figure),
         "dataset": dataset,
         "dataset_title": titles_of([dataset])[dataset],
-        "methods": methods,
-        "order": list(methods),
+        "methods": methods,  # in their order, which is none of the measurement
         "labels": method_labels(methods),
-        "barycenter": entry("barycenters", barycenter, dataset) if barycenter else None,
-        "iterations": figure_of(w).get("iterations", 100),
         "projected_iterations": figure_of(w).get("projected_iterations", 2000),
         "published": content_of("report/published_efficiency.csv"),
-        "seed": config["seed"],
+        "measured": measuring(w),
     }
 
 
@@ -505,9 +513,16 @@ def stored_features(dataset):
     return {"features": FEATURES.format(**place), "index": FEATURE_INDEX.format(**place)}
 
 
+MEASURED_BY = {
+    "distances": "measure_distances",
+    "tsne": "embed_tsne",
+    "efficiency": "measure_efficiency",
+}
+
+
 def measuring(w):
-    """What the measurement that a figure draws is made by, as `making_table`."""
-    return made_by({"distances": "measure_distances", "tsne": "embed_tsne"}[figure_of(w)["kind"]], w)
+    """What the measurement that is drawn or tabulated is made by, as `making_table`."""
+    return made_by(MEASURED_BY[figure_of(w)["kind"]], w)
 
 
 def measure_distances_input(w):

@@ -7,7 +7,7 @@ rule measure_efficiency:
     input:
         unpack(measure_efficiency_input),
     output:
-        **table_files("{figure}", "figure.rst"),
+        measured=MEASUREMENT,
     log:
         log_of("measure_efficiency", "{figure}"),
     benchmark:
@@ -23,9 +23,30 @@ rule measure_efficiency:
     params:
         **params_of("measure_efficiency"),
     message:
-        "Table {wildcards.figure}: time and memory, alone on the machine"
+        "Time and memory of table {wildcards.figure}, alone on the machine"
     shell:
         run_script("measure_efficiency")
+
+
+rule tabulate_efficiency:
+    input:
+        measured=MEASUREMENT,
+    output:
+        **table_files("{figure}", "figure.rst"),
+    log:
+        log_of("tabulate_efficiency", "{figure}"),
+    benchmark:
+        benchmark_of("tabulate_efficiency", "{figure}")
+    wildcard_constraints:
+        figure=figures_of_kind("efficiency"),
+    conda:
+        "../envs/wmdd.yaml"
+    params:
+        **params_of("tabulate_efficiency"),
+    message:
+        "Table {wildcards.figure}"
+    shell:
+        run_script("tabulate_efficiency")
 
 
 # ---- cost ------------------------------------------------------------------------------------

@@ -161,6 +161,26 @@ def test_precision_is_a_setting_of_the_rules_that_run_networks(tmp_path):
     assert {"extract_features", "distil_baseline", "compute_barycenter"} < {rule for _, rule in commands}
 
 
+def test_what_people_read_is_no_reason_to_measure_again(tmp_path):
+    """Neither is the order of methods, nor how far times are projected."""
+
+    def handed_over(*files: str) -> dict[str, str]:
+        given = ("--configfile", f"{ROOT}/presets/smoke.yaml", *files, "--dry-run", "--printshellcmds")
+        done = run_snakemake(tmp_path, *given, "--", "distances", "tsne", "efficiency", preset="")
+        lines = re.findall(r"(printf .*) python -m workflow_scripts\.(\w+) ", done.stdout + done.stderr)
+        return {rule: command for command, rule in lines}
+
+    own = tmp_path / "own.yaml"
+    read_by_people = {"methods": {"sre2l": {"label": "another"}, "wmdd": {"label": "other"}}}
+    timed = {"title": "Time", "methods": ["wmdd", "sre2l", "sliced", "dm", "dc"], "projected_iterations": 9}
+    own.write_text(json.dumps({**read_by_people, "figures": {"efficiency": timed}}), encoding="utf-8")
+    before, after = handed_over(), handed_over(str(own))
+    for rule in ("measure_distances", "embed_tsne", "measure_efficiency"):
+        assert before[rule] == after[rule]
+    for rule in ("plot_distances", "plot_tsne", "tabulate_efficiency"):
+        assert before[rule] != after[rule]
+
+
 @pytest.mark.parametrize("preset", [*PAPER, "paper", "own-images", "cifar10", "cifar10-gpu"])
 def test_tables_and_figures_show_the_presets_own_datasets(preset):
     own = set(read(f"presets/{preset}.yaml")["datasets"])

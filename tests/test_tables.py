@@ -8,6 +8,7 @@ import os
 import re
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from conftest import run_snakemake
 from wmdd_core import timing
 from wmdd_core.artifacts import make_header, write_json
 from wmdd_core.errors import UserError
+from wmdd_core.machine import DEVICE_MEMORY, RESIDENT_MEMORY
 from wmdd_core.timing import IterationTimer, peak_memory, peak_resident_bytes, timed
 from workflow_scripts import (
     compute_barycenter,
@@ -29,12 +31,14 @@ from workflow_scripts import (
     pretrain_teacher,
     recover_images,
     tabulate_cost,
+    tabulate_efficiency,
     tabulate_hyperparameters,
 )
 from workflow_scripts.job import Job
-from workflow_scripts.measure_efficiency import Measured, alone, build_row, build_shown, preparation_seconds
+from workflow_scripts.measure_efficiency import Measured, alone, preparation_seconds
 from workflow_scripts.plain_tables import as_latex, as_markdown, escape
 from workflow_scripts.real_images import load_teacher
+from workflow_scripts.tabulate_efficiency import build_row, build_shown
 
 
 def rows_of(path: Path | str) -> list[dict[str, str]]:
@@ -94,7 +98,7 @@ def test_a_step_waits_for_the_gpu(monkeypatch):
     timed(lambda: None, "cuda:1")
     assert waited == [torch.device("cuda:1")] * 4
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
-    assert peak_memory(torch.device("cuda:1")) == (7, timing.DEVICE_MEMORY)
+    assert peak_memory(torch.device("cuda:1")) == (7, DEVICE_MEMORY)
 
 
 def test_peak_memory_sees_what_was_freed_again():
@@ -102,7 +106,7 @@ def test_peak_memory_sees_what_was_freed_again():
     block = np.ones(before, np.uint8)  # touched: memory that is only reserved is not resident
     del block
     peak, kind = peak_memory(torch.device("cpu"))
-    assert kind == timing.RESIDENT_MEMORY
+    assert kind == RESIDENT_MEMORY
     assert 1.2 * before < peak < 4 * before
 
 
@@ -170,18 +174,13 @@ def efficiency_job(tmp_path_factory) -> Job:
     )
     files["barycenters"] = [atoms["barycenter"]]
     settings = {
-        "title": "Time and memory",
         "dataset": "digits",
-        "dataset_title": "Digits",
         "methods": {"dc": DC, "dm": DM, "sre2l": SRE2L, "wmdd": RECOVER},
-        "order": ["dc", "dm", "wmdd", "sre2l"],
-        "labels": {"dc": "DC", "dm": "DM", "sre2l": "SRe²L", "wmdd": "WMDD"},
         "barycenter": {"weights": "learned"},
         "iterations": 3,
-        "projected_iterations": 200,
         "seed": 0,
     }
-    output = {k: str(root / f"efficiency.{k}") for k in ("csv", "md", "tex")}
+    output = {"measured": str(root / "efficiency.json")}
     return Job("measure_efficiency", {"figure": "efficiency"}, files, output, settings, "code", "cpu", 1, "-")
 
 
@@ -189,14 +188,36 @@ def efficiency_job(tmp_path_factory) -> Job:
 def test_each_method_runs_its_loop_for_the_timed_iterations(efficiency_job, method):
     measured = measure_efficiency.measure_method(efficiency_job, method)
     assert len(measured.seconds) == 3 and all(s > 0 for s in measured.seconds)
-    assert measured.memory == timing.RESIDENT_MEMORY and measured.peak > 2**20
+    assert measured.memory == RESIDENT_MEMORY and measured.peak > 2**20
     assert "thread" in measured.machine
+
+
+TABULATED = {
+    "title": "Time and memory",
+    "dataset": "digits",
+    "dataset_title": "Digits",
+    "methods": ["dc", "dm", "wmdd", "sre2l"],
+    "labels": {"dc": "DC", "dm": "DM", "sre2l": "SRe²L", "wmdd": "WMDD"},
+    "projected_iterations": 200,
+}
+
+
+def tabulated(measuring: Job) -> dict[str, str]:
+    """The files of the table of what a job measured."""
+    root = Path(measuring.output["measured"]).parent
+    output = {k: str(root / f"efficiency.{k}") for k in ("csv", "md", "tex")}
+    place = {"figure": "efficiency"}
+    tabulate_efficiency.main(
+        Job("tabulate_efficiency", place, measuring.output, output, TABULATED, "code", "cpu", 1, "-")
+    )
+    return output
 
 
 def test_the_table_of_the_whole_harness(efficiency_job, monkeypatch):
     monkeypatch.setattr(measure_efficiency, "alone", lambda name, call, *arguments: call(*arguments))
     measure_efficiency.main(efficiency_job)
-    rows = rows_of(efficiency_job.output["csv"])
+    output = tabulated(efficiency_job)
+    rows = rows_of(output["csv"])
     assert [r["method"] for r in rows] == ["DC", "DM", "WMDD", "SRe²L"]
     for row in rows:
         mean, before = float(row["seconds_per_iteration_mean"]), float(row["preparation_seconds"])
@@ -204,9 +225,10 @@ def test_the_table_of_the_whole_harness(efficiency_job, monkeypatch):
         assert row["iterations_timed"] == "3" and row["machine"]
     assert [float(r["preparation_seconds"]) > 0 for r in rows] == [False, False, True, False]
     assert rows[2]["published_seconds_mean"] == "0.013" and rows[0]["published_total_seconds"] == "6348.17"
-    text = Path(efficiency_job.output["md"]).read_text(encoding="utf-8")
+    text = Path(output["md"]).read_text(encoding="utf-8")
     assert "(0.013 ± 0.001)" in text and "(11.90)" in text and rows[0]["machine"] in text
     assert "resident memory of the process" in text and "200 iterations" in text
+    assert "over 3 consecutive iterations after 5 of warm-up" in text and "torch 2." in text.splitlines()[-1]
 
 
 def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
@@ -266,10 +288,10 @@ def test_what_precedes_the_first_iteration():
     assert preparation_seconds(DM, before) == preparation_seconds(DC, before) == 0
 
 
-def test_a_single_iteration_has_no_deviation_and_an_unknown_method_no_published_figure(efficiency_job):
-    settings = {**efficiency_job.settings, "labels": {"own": "Own"}}
-    job = Job("measure_efficiency", {}, {}, {}, settings, "code", "cpu", 1, "-")
-    row = build_row(job, "own", Measured([0.5], 3 * 2**30, "memory", "machine", "float32"), 1.0, {})
+def test_a_single_iteration_has_no_deviation_and_an_unknown_method_no_published_figure():
+    settings = {**TABULATED, "labels": {"own": "Own"}}
+    measured = asdict(Measured([0.5], 3 * 2**30, "memory", "machine", "float32"))
+    row = build_row(settings, "own", {**measured, "preparation_seconds": 1.0}, {})
     assert (row["seconds_per_iteration_sd"], row["total_seconds"]) == ("", "101.00")
     assert build_shown([row])[1] == ["Own", "0.5000", "3.00", "101.0"]
 

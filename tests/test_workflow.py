@@ -146,7 +146,7 @@ def test_the_engines_own_report_needs_no_number_of_cores(smoke, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     held = {Path(name).name for name in zipfile.ZipFile(tmp_path / "report.zip").namelist()}
     assert {"main.csv", "accuracy.png", "gallery.png", "index.html"} <= held
-    for suffix in ("csv", "md", "tex"):  # its threads are all cores there are
+    for suffix in ("json", "csv", "md", "tex"):  # threads of what is timed are all cores there are
         (own / f"results/smoke/report/tables/efficiency.{suffix}").touch()
     done = run_snakemake(own, "--report", str(tmp_path / "other.zip"), "efficiency")
     assert "set it with --cores" not in done.stdout + done.stderr

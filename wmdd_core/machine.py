@@ -6,6 +6,10 @@ import os
 import platform
 from pathlib import Path
 
+DEVICE_MEMORY = "device memory allocated by PyTorch"
+RESIDENT_MEMORY = "resident memory of the process"
+"""What a peak of memory is of."""
+
 
 def processor_name() -> str:
     """The processor's name as the system gives it."""

@@ -11,12 +11,9 @@ from typing import TypeVar
 
 import torch
 
-from wmdd_core.machine import memory_and_system, processor_name
+from wmdd_core.machine import DEVICE_MEMORY, RESIDENT_MEMORY, memory_and_system, processor_name
 
 Result = TypeVar("Result")
-
-DEVICE_MEMORY = "device memory allocated by PyTorch"
-RESIDENT_MEMORY = "resident memory of the process"
 
 
 class IterationTimer:

@@ -475,7 +475,7 @@ def test_timed_methods_have_the_node_to_themselves(cluster, copy_of_smoke):
     others = [f"results/smoke/digits/barycenters/convnet/learned/ipc3/class{c}.npz" for c in range(3)]
     run = cluster.run(done, table, *others, presets=presets)
     assert run.wait() == 0, run.told
-    assert rules_of(run.jobs()) == [*["compute_barycenter"] * 3, "measure_efficiency"]
+    assert rules_of(run.jobs()) == [*["compute_barycenter"] * 3, "measure_efficiency", "tabulate_efficiency"]
     timed = span(*of_rule(run.jobs(), "measure_efficiency"))
     for job in of_rule(run.jobs(), "compute_barycenter"):
         assert not overlap(timed, span(job)), job["Comment"]
