@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from snakemake.utils import update_config
 
-from wmdd_core.terms import tell_apart
+from wmdd_core.terms import CLASSES_SHOWN, tell_apart
 
 # ---- accuracy, galleries ---------------------------------------------------------------------
 
@@ -149,15 +149,40 @@ def making_table(table):
     return made_by("tabulate_accuracy", SimpleNamespace(table=table))
 
 
+def drawn_cells(w):
+    """The cells of distilled sets in a figure's table."""
+    figure, table = figure_of(w), figure_of(w)["table"]
+    cells = [c for c in table_cells(table) if c["ipc"] != REAL["ipc"]]
+    if not cells:
+        stop(f"figures.{w.figure}: the table {table} has no distilled set; give it a method that makes one")
+    for key in ("student", "recipe"):
+        known = dict.fromkeys(c[key] for c in cells)
+        if key in figure and figure[key] not in known:
+            told = f"is not in the table {table}, which has {', '.join(known)}"
+            stop(f"figures.{w.figure}.{key}: {figure[key]} {told}")
+    return cells
+
+
 @settings_for
 def plot_accuracy_settings(w):
+    drawn_cells(w)
     return {"figure": figure_of(w), "labels": appearance(), "table": making_table(figure_of(w)["table"])}
 
 
 @settings_for
 def plot_sweep_settings(w):
-    methods = (c["entry"] for c in table_cells(figure_of(w)["table"]))
-    return {**plot_accuracy_settings(w), "swept": swept_of(methods)}
+    swept, table = swept_of(c["entry"] for c in drawn_cells(w)), figure_of(w)["table"]
+    for member in swept.values():
+        if isinstance(member["value"], bool) or not isinstance(member["value"], (int, float)):
+            stop(
+                f"figures.{w.figure}: the sweep {member['entry']} has no axis, as its {member['key']} is"
+                f" {member['value']!r}, no number; show it as a table"
+            )
+    keys = sorted({member["key"] for member in swept.values()})
+    if len(keys) != 1:
+        told = f"sweeps of {' and '.join(keys)}" if keys else "no sweep"
+        stop(f"figures.{w.figure}: the table {table} holds {told}; give it sweeps of one key")
+    return {**plot_accuracy_settings(w), "swept": swept, "key": keys[0]}
 
 
 def gallery_input(w):
@@ -584,6 +609,8 @@ def embed_tsne_input(w):
 def embed_tsne_settings(w):
     dataset, figure = single(w, "datasets"), figure_of(w)
     single(w, "ipc")
+    if len(figure.get("classes", [])) > CLASSES_SHOWN:
+        stop(f"figures.{w.figure}.classes: a map has colours for {CLASSES_SHOWN} classes; name no more")
     teacher = labeller_of(dataset)
     schedule = without(entry("teachers", teacher, dataset), "architecture", "width", "depth", "weights")
     if "epochs" not in schedule:

@@ -469,10 +469,10 @@ def test_a_class_with_too_few_real_images_has_no_coverage_but_a_place_on_the_map
     assert np.isnan(found["coverage"]) and np.isnan(found["coverage_random"]) and found["within"] > 0
 
 
-def test_more_classes_than_colours_are_refused():
+def test_a_map_shows_the_first_classes_or_those_named():
     assert embed_tsne.shown_classes({}, 1000) == list(range(len(plot_tsne.CLASS_COLOURS)))
-    with pytest.raises(UserError, match="11 are too many"):
-        embed_tsne.shown_classes({"classes": list(range(11))}, 1000)
+    assert embed_tsne.shown_classes({}, 3) == [0, 1, 2]
+    assert embed_tsne.shown_classes({"classes": [7, 2]}, 1000) == [2, 7]
 
 
 # ---- the trace ---------------------------------------------------------------------------------

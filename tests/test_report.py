@@ -438,11 +438,6 @@ def test_the_accuracy_figure_draws_top_1_the_published_figures_and_the_ceiling()
     assert [44.5, 64.5] in drawn and [88, 88] in drawn
 
 
-def test_accuracy_figure_of_a_student_that_the_table_lacks_is_refused(tmp_path):
-    with pytest.raises(UserError, match="student 'vit' is not in table 'main', which has resnet18"):
-        draw_accuracy(tmp_path, "a", student="vit")
-
-
 def sweep_rows(
     places: list[tuple[str, str]], values=(0.1, 10, 1000), entry="wmdd_lambda"
 ) -> tuple[list, dict]:
@@ -455,7 +450,7 @@ def sweep_rows(
 def test_a_sweep_has_a_panel_for_each_dataset_and_a_line_for_each_size():
     rows, swept = sweep_rows([("digits", "1"), ("digits", "10"), ("imagenette", "1")])
     more, other = sweep_rows([("digits", "1")], values=(1, 2), entry="sre2l_lambda")
-    figure = plot_sweep.draw([*rows, *more], {**swept, **other}, LABELS)
+    figure = plot_sweep.draw([*rows, *more], {**swept, **other}, "lambda_bn", LABELS)
     panels = [axes for axes in figure.axes if axes.axison]
     assert [axes.get_title("left") for axes in panels] == ["Digits", "ImageNette"]
     drawn = [[bars.lines[0].get_xdata().tolist() for bars in axes.containers] for axes in panels]
@@ -463,7 +458,7 @@ def test_a_sweep_has_a_panel_for_each_dataset_and_a_line_for_each_size():
     colours = [{b.get_label(): b.lines[0].get_color() for b in axes.containers} for axes in panels]
     (label, colour), *_ = colours[1].items()
     assert colours[0][label] == colour and len(set(colours[0].values())) == 2
-    (alone,) = plot_sweep.draw(*sweep_rows([("digits", "1")]), LABELS).axes
+    (alone,) = plot_sweep.draw(*sweep_rows([("digits", "1")]), "lambda_bn", LABELS).axes
     assert alone.get_title("left") == ""
 
 
@@ -471,7 +466,7 @@ def test_a_sweep_draws_top_1_by_value_and_a_line_for_what_is_not_swept():
     rows, swept = sweep_rows([("digits", "1")], values=(10, 0.1, 1000))
     for row, top1 in zip(rows, ("20.5", "21.5", "22.5", "23.5"), strict=True):
         row.update(top1_mean=top1, top1_sd="0.5", top5_mean="90.0", top5_sd="9.0")
-    (axes,) = plot_sweep.draw(rows, swept, LABELS).axes
+    (axes,) = plot_sweep.draw(rows, swept, "lambda_bn", LABELS).axes
     (bars,) = axes.containers
     assert list(bars.lines[0].get_xdata()) == [0.1, 10, 1000]
     assert list(bars.lines[0].get_ydata()) == [21.5, 20.5, 22.5]
@@ -480,19 +475,15 @@ def test_a_sweep_draws_top_1_by_value_and_a_line_for_what_is_not_swept():
     assert [text.xy[1] for text in axes.texts] == [23.5]
 
 
-def test_sweeps_without_a_common_axis_are_refused():
-    rows, swept = sweep_rows([("digits", "1")])
-    swept["wmdd_lambda10"] = {"entry": "wmdd_lambda", "key": "bn_term", "value": "global"}
-    with pytest.raises(UserError, match="wmdd_lambda has no axis: bn_term is 'global'"):
-        plot_sweep.draw(rows, swept, LABELS)
-    swept["wmdd_lambda10"] = {"entry": "wmdd_rate", "key": "learning_rate", "value": 10}
-    with pytest.raises(UserError, match="sweeps of lambda_bn and learning_rate"):
-        plot_sweep.draw(rows, swept, LABELS)
-    with pytest.raises(UserError, match="no measured member of a sweep"):
-        plot_sweep.draw(rows, {}, LABELS)
-    rows, swept = sweep_rows([("digits", "all")])  # a ceiling with several rates: no images per class
-    with pytest.raises(UserError, match="no measured member of a sweep"):
-        plot_sweep.draw(rows, swept, LABELS)
+def test_a_value_of_zero_has_a_place_on_the_axis():
+    def scale(*values):
+        (axes,) = plot_sweep.draw(*sweep_rows([("digits", "1")], values), "lambda_bn", LABELS).axes
+        return axes.get_xscale(), axes.transData.transform([(v, 20) for v in sorted(values)])[:, 0]
+
+    assert scale(0.1, 1)[0] == "log"
+    for values in ((0, 0.1, 10), (-1, 0, 1), (0,)):
+        name, places = scale(*values)
+        assert name == "symlog" and np.isfinite(places).all() and (np.diff(places) > 20).all()
 
 
 def test_saving_without_dates(tmp_path):

@@ -370,6 +370,51 @@ def test_a_key_that_stands_twice_is_told_with_its_line(tmp_path, text, line, key
         ),
         ("figures: {gallery: {classes: [0, 10]}}", "gallery", "gallery.classes: 10 is not a class of digits"),
         (
+            "figures: {accuracy: {student: resnet18}}",
+            "accuracy",
+            "student: resnet18 is not in the table main, which has convnet",
+        ),
+        (
+            "figures: {accuracy: {recipe: hard}}",
+            "accuracy",
+            "recipe: hard is not in the table main",
+        ),
+        (
+            "tables: {main: {methods: [all_real]}}",
+            "accuracy",
+            "the table main has no distilled set",
+        ),
+        (
+            "figures: {lambda_sensitivity: {table: main}}",
+            "lambda_sensitivity",
+            "the table main holds no sweep",
+        ),
+        (
+            "methods: {rates: {like: wmdd, sweep: {learning_rate: [1]}}}\n"
+            "tables: {lambda: {methods: [wmdd_lambda, rates]}}",
+            "lambda_sensitivity",
+            "the table lambda holds sweeps of lambda_bn and learning_rate",
+        ),
+        (
+            "methods: {starts: {like: wmdd, sweep: {start: [noise, real]}}}\n"
+            "tables: {lambda: {methods: [starts]}}",
+            "lambda_sensitivity",
+            "the sweep starts has no axis, as its start is 'noise', no number",
+        ),
+        (
+            "methods: {reals: {like: all_real, sweep: {epochs: [1, 2]}}}\n"
+            "tables: {lambda: {methods: [reals, wmdd]}}",
+            "lambda_sensitivity",
+            "the table lambda holds no sweep",
+        ),
+        ("figures: {tsne: {classes: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0]}}", "tsne", "name each once"),
+        (
+            "datasets: {many: {source: cifar100, resolution: 16, teacher: convnet}}\n"
+            "figures: {tsne: {datasets: [many], classes: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]}}",
+            "tsne",
+            "figures.tsne.classes: a map has colours for 10 classes; name no more",
+        ),
+        (
             "methods: {ours: {like: wmdd}}\nfigures: {hyperparameters: {methods: [ours]}}",
             "hyperparameters",
             "figures.hyperparameters.methods: the preset default has no method ours",

@@ -16,6 +16,9 @@ LOSS_FORMS = ("paper", "released")
 MEAN = "mean"
 """In the place of a class in a table: the mean over classes."""
 
+CLASSES_SHOWN = 10
+"""Most classes of a t-SNE map: as many as it has colours."""
+
 SMALL_IMAGE = 64
 """Up to this many pixels a ResNet starts with a 3×3 stride-1 convolution and no max-pool."""
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from wmdd_core.artifacts import write_csv
 from wmdd_core.device import precision
-from wmdd_core.errors import UserError
 from wmdd_core.metrics import coverage, mean_between_distance, mean_within_distance
 from wmdd_core.models import Classifier, build_model, freeze
 from wmdd_core.progress import Progress
 from wmdd_core.seeding import derive_seed, numpy_generator
+from wmdd_core.terms import CLASSES_SHOWN
 from wmdd_core.training import fit, hard_label_loss, real_batches
 from workflow_scripts.distilled_sets import DistilledSet, embed_images, read_distilled_sets, real_of_class
 from workflow_scripts.job import Job, run
@@ -29,9 +29,6 @@ NEIGHBOURS = 5
 """Neighbours of `coverage`, as in the metric's publication."""
 
 PERPLEXITY = 30
-
-CLASSES_SHOWN = 10
-"""Most classes of a map: as many as it has colours."""
 
 
 # ---- network and features --------------------------------------------------------------------
@@ -162,11 +159,8 @@ def map_points(embedded: Embedded, shown: np.ndarray, seed: int) -> pd.DataFrame
 
 
 def shown_classes(figure: Mapping, total: int) -> list[int]:
-    """The classes that the figure names, or the first of them; as many as there are colours."""
-    chosen = list(figure.get("classes", range(min(CLASSES_SHOWN, total))))
-    if len(chosen) > CLASSES_SHOWN:
-        raise UserError(f"classes: {len(chosen)} are too many; the map has colours for {CLASSES_SHOWN}")
-    return sorted(set(chosen))
+    """The classes that the figure names, or the first of them."""
+    return sorted(figure.get("classes", range(min(CLASSES_SHOWN, total))))
 
 
 def main(job: Job) -> None:

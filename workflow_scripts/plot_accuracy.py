@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from wmdd_core.artifacts import write_csv
-from wmdd_core.errors import UserError
 from wmdd_core.terms import tell_apart
 from workflow_scripts.checks import ALL
 from workflow_scripts.drawing import line_styles, names_of, new_figure, save
@@ -33,12 +32,6 @@ def select(rows: Sequence[Row], figure: Mapping) -> list[Row]:
     chosen = list(rows)
     for key in ("student", "recipe"):
         if key in figure:
-            known = sorted({r[key] for r in rows if r["ipc"] != ALL})
-            if figure[key] not in known:
-                raise UserError(
-                    f"the figure's {key} {figure[key]!r} is not in table {figure['table']!r}, which has"
-                    f" {', '.join(known)}; change the figure's {key} or the table's"
-                )
             chosen = [r for r in chosen if r[key] == figure[key] or (key == "recipe" and r["ipc"] == ALL)]
     return chosen
 
@@ -156,10 +149,6 @@ def draw(rows: Sequence[Row], labels: Mapping) -> Figure:
 
 def main(job: Job) -> None:
     rows = select(read_rows(job.input["table"]), job.settings["figure"])
-    if not any(r["ipc"] != ALL for r in rows):
-        raise UserError(
-            f"{job.input['table']} holds no distilled set; give the table an ipc and a method to draw"
-        )
     save(draw(rows, job.settings["labels"]), job.output)
     write_csv(job.output["csv"], pd.DataFrame(rows)[DRAWN])
 

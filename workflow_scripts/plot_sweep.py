@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from wmdd_core.artifacts import write_text
-from wmdd_core.errors import UserError
+from wmdd_core.artifacts import write_csv
 from workflow_scripts.checks import ALL
 from workflow_scripts.drawing import DASHES, MARKERS, new_figure, save
 from workflow_scripts.job import Job, run
 from workflow_scripts.plain_tables import Row, read_rows, symbol
 from workflow_scripts.plot_accuracy import PANELS_ABREAST, panel_titles, panels, select
 
+DRAWN = ["dataset", "student", "recipe", "ipc", "method", "value", "n_seeds", "top1_mean", "top1_sd"]
 TITLES = {"lambda_bn": "λ, weight of the BatchNorm term"}
 TONES = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
 
@@ -29,11 +28,6 @@ def swept_rows(rows: Sequence[Row], swept: Mapping) -> list[dict]:
         if row["method"] not in swept or row["ipc"] == ALL or not row["top1_mean"]:
             continue  # students of all real images have no number of images per class to be drawn by
         member = swept[row["method"]]
-        if isinstance(member["value"], bool) or not isinstance(member["value"], int | float):
-            raise UserError(
-                f"the sweep {member['entry']} has no axis: {member['key']} is {member['value']!r}, no number;"
-                " show it as a table"
-            )
         found.append({**row, "entry": member["entry"], "value": float(member["value"])})
     return found
 
@@ -76,16 +70,20 @@ def draw_panel(
             name += f", IPC {size}" if len(tones) > 1 else ""
             place = (1.01, float(other["top1_mean"]))
             axes.annotate(name, place, xycoords=("axes fraction", "data"), va="center")
-    axes.set_xscale("log")
+    set_scale(axes, [r["value"] for r in rows])
 
 
-def draw(rows: Sequence[Row], swept: Mapping, labels: Mapping) -> Figure:
-    """The figure: a panel for each dataset, student and recipe over a logarithmic axis."""
+def set_scale(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis; where a value is not above 0, linear up to the smallest one beside 0."""
+    if min(values) > 0:
+        axes.set_xscale("log")
+    else:
+        axes.set_xscale("symlog", linthresh=min((abs(v) for v in values if v), default=1), linscale=0.5)
+
+
+def draw(rows: Sequence[Row], swept: Mapping, key: str, labels: Mapping) -> Figure:
+    """The figure: a panel for each dataset, student and recipe over a logarithmic axis of setting `key`."""
     members, found = swept_rows(rows, swept), panels(rows)
-    keys = sorted({swept[r["method"]]["key"] for r in members})
-    if len(keys) != 1:
-        told = f"sweeps of {' and '.join(keys)}" if keys else "no measured member of a sweep"
-        raise UserError(f"the table holds {told}; name the sweeps of one key among its methods")
     tones = styles_of(sorted({int(r["ipc"]) for r in members}), list(zip(TONES, MARKERS, strict=False)))
     dashes = styles_of(dict.fromkeys(r["entry"] for r in members), DASHES)
     across = min(len(found), PANELS_ABREAST)
@@ -101,7 +99,7 @@ def draw(rows: Sequence[Row], swept: Mapping, labels: Mapping) -> Figure:
         axes.legend()
         if len(found) > 1:
             axes.set_title(titles[number], loc="left")
-        axes.set_xlabel(TITLES.get(keys[0], symbol(keys[0])))
+        axes.set_xlabel(TITLES.get(key, symbol(key)))
         if number % across == 0:
             axes.set_ylabel("Top-1 accuracy (%)")
     return figure
@@ -109,15 +107,10 @@ def draw(rows: Sequence[Row], swept: Mapping, labels: Mapping) -> Figure:
 
 def main(job: Job) -> None:
     rows, swept = select(read_rows(job.input["table"]), job.settings["figure"]), job.settings["swept"]
-    save(draw(rows, swept, job.settings["labels"]), job.output)
-    text = io.StringIO()
-    columns = ["dataset", "student", "recipe", "ipc", "method", "value", "n_seeds", "top1_mean", "top1_sd"]
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    save(draw(rows, swept, job.settings["key"], job.settings["labels"]), job.output)
     order = ("dataset", "student", "recipe", "entry")
-    members = swept_rows(rows, swept)
-    writer.writerows(sorted(members, key=lambda r: (*map(r.get, order), int(r["ipc"]), r["value"])))
-    write_text(job.output["csv"], text.getvalue())
+    members = sorted(swept_rows(rows, swept), key=lambda r: (*map(r.get, order), int(r["ipc"]), r["value"]))
+    write_csv(job.output["csv"], pd.DataFrame(members)[DRAWN])
 
 
 if __name__ == "__main__":
