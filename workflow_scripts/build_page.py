@@ -27,9 +27,9 @@ PIXEL_RATIO = 2
 FORMATS = {"table": ("csv", "md", "tex"), "figure": ("png", "pdf", "csv")}
 
 CAPTIONS = {
-    "accuracy": "Top-1 accuracy on real test images over the number of images per class: mean and sample"
-    " standard deviation. A dashed line is the ceiling, a student trained on all real"
-    " images; hollow markers are published figures.",
+    "accuracy": "Top-1 accuracy on real images kept for testing over the number of images per class: mean and"
+    " sample standard deviation. A dashed line is the ceiling, a student trained on all real images; hollow"
+    " markers are published figures.",
     "gallery": "Distilled images beside real training images, a class in each row, in the order in which they"
     " are stored. Where a set holds more images of a class than there is room for, the first are shown.",
 }
