@@ -132,8 +132,8 @@ class Answers:
 
     def settle(self, states: dict[str, str], prompt: bool) -> dict[str, str]:
         """States by job. A job that two answers in a row leave out is `UNKNOWN`: Snakemake then looks for its
-        outputs. One that two call preempted was cancelled and not queued again: `FAILED`. Only a `prompt`
-        source knows every job from its submission on. "CANCELLED by 1000" loses the user.
+        outputs. One that two call preempted or ended by its node was not queued again: `FAILED`. Only a
+        `prompt` source knows every job from its submission on. "CANCELLED by 1000" loses the user.
         """
         states = {job: state.split()[0] if state else state for job, state in states.items()}
         for job in {*self.counts, *states, *(self.submitted if prompt else ())}:
@@ -141,7 +141,7 @@ class Answers:
             last, count = self.counts.get(job, ("", 0))
             self.counts[job] = state, count + 1 if state == last else 1
         twice = {job: state for job, (state, count) in self.counts.items() if count > 1}
-        ends = {"": "UNKNOWN", "PREEMPTED": "FAILED"}
+        ends = {"": "UNKNOWN", "PREEMPTED": "FAILED", "NODE_FAIL": "FAILED"}
         return {**states, **{job: ends[state] for job, state in twice.items() if state in ends}}
 
 

@@ -164,6 +164,8 @@ def test_answers_that_the_plugin_would_wait_for_are_settled():
         ({"1": "PENDING"}, {"1": "PENDING", "2": "UNKNOWN"}),  # 1 was queued again; 2 is gone twice
         ({"1": "PREEMPTED", "2": "RUNNING"}, {"1": "PREEMPTED", "2": "RUNNING"}),
         ({"1": "PREEMPTED", "2": "CANCELLED by 1000"}, {"1": "FAILED", "2": "CANCELLED"}),
+        ({"1": "NODE_FAIL", "2": "NODE_FAIL"}, {"1": "NODE_FAIL", "2": "NODE_FAIL"}),
+        ({"1": "PENDING", "2": "NODE_FAIL"}, {"1": "PENDING", "2": "FAILED"}),  # 1 was queued again
     ]
     for given, wanted in told:
         assert answers.settle(given, prompt=False) == wanted
