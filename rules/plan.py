@@ -5,10 +5,12 @@ Standard library only, like all that Snakemake imports before jobs start.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rules.configuration import entry_name, resolve
 from wmdd_core.layouts import class_count
@@ -42,11 +44,18 @@ class Unmeasured(Exception):
     """Not known: report/costs.yaml lacks this network or the size of this data, or a figure measures it."""
 
 
+def counts_of(description: Path) -> tuple[int, int]:
+    """Training and test images of a dataset that has been described."""
+    found = json.loads(description.read_text(encoding="utf-8"))
+    return sum(found["train"]["per_class"]), sum(found["test"]["per_class"])
+
+
 class Planner:
     """Estimates the cost of jobs, known by their rule and wildcards."""
 
     def __init__(self, config: Mapping, costs: Mapping) -> None:
         self.config, self.costs = config, costs
+        self.counted: dict[str, tuple[int, int] | None] = {}
 
     def entry(self, block: str, name: str, dataset: str) -> dict:
         return resolve(self.config[block][entry_name(name)], dataset, f"{block}.{name}")
@@ -55,8 +64,12 @@ class Planner:
         return self.entry("datasets", name, name)
 
     def images(self, dataset: str) -> tuple[int, int]:
-        """Training and test images; raises `Unmeasured` where the data must be read to know."""
-        found = self.costs["images"].get(self.dataset(dataset)["source"])
+        """Training and test images: those that were found where the dataset has been described, else the
+        source's; raises `Unmeasured` where the data must be read to know."""
+        if dataset not in self.counted:
+            described = Path(self.config["results"]) / dataset / "description.json"
+            self.counted[dataset] = counts_of(described) if described.exists() else None
+        found = self.counted[dataset] or self.costs["images"].get(self.dataset(dataset)["source"])
         if not found:
             raise Unmeasured
         return tuple(found)
@@ -272,7 +285,7 @@ def summarise(jobs: Iterable[tuple[str, Mapping]], config: Mapping, costs: Mappi
     ]
     if whole.unknown:
         lines.append(
-            f"+ {whole.unknown} of the jobs have no hours here: only reading the data will tell their size,"
+            f"+ {whole.unknown} of the jobs have no hours here: only describe_dataset will tell their size,"
             " report/costs.yaml lacks their network, or they measure something for a figure."
         )
     return "\n".join(line for line in lines if line is not None)

@@ -9,6 +9,8 @@ from snakemake.settings.types import Quietness
 
 from rules.plan import summarise
 
+_working_folder = os.getcwd()  # which Snakemake has left when Python ends
+
 
 def planned_jobs():
     """(rule, wildcards) of the jobs that a dry run has planned; targets, which do nothing, are none."""
@@ -20,10 +22,8 @@ def print_plan():
     """Print the plan to where Snakemake writes, once a dry run has come to its end."""
     quiet = Quietness.ALL in (workflow.output_settings.quiet or ())
     if workflow.dryrun and not quiet and workflow.dag and (jobs := planned_jobs()):
-        print(summarise(jobs, config, read_yaml("report/costs.yaml")), file=sys.stderr)
-
-
-_working_folder = os.getcwd()  # which Snakemake has left when Python ends
+        here = {**config, "results": os.path.join(_working_folder, RESULTS)}
+        print(summarise(jobs, here, read_yaml("report/costs.yaml")), file=sys.stderr)
 
 
 def print_unrecorded():

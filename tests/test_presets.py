@@ -298,7 +298,22 @@ def test_a_dataset_of_unknown_size_is_told_and_not_guessed():
     assert planner.cost("pretrain_teacher", {"dataset": "own-images", "teacher": "own_images"}) is None
     jobs = [("pretrain_teacher", {"dataset": "own-images", "teacher": "own_images"}), ("build_page", {})]
     told = summarise(jobs, resolved("own-images"), COSTS)
-    assert "+ 1 of the jobs have no hours here: only reading the data will tell their size" in told
+    assert "+ 1 of the jobs have no hours here: only describe_dataset will tell their size" in told
+
+
+def test_a_dataset_that_has_been_described_is_planned_by_what_was_found(tmp_path):
+    """A folder's images, or a part of ImageNet's classes."""
+    config = {**resolved("own-images"), "results": str(tmp_path)}
+    teacher = config["teachers"]["own_images"]
+    (tmp_path / "own-images").mkdir()
+    (tmp_path / "own-images/description.json").write_text(
+        json.dumps({"train": {"per_class": [30, 10]}, "test": {"per_class": [3, 4]}}), encoding="utf-8"
+    )
+    planner = Planner(config, COSTS)
+    assert planner.images("own-images") == (40, 7)
+    forward = planner.forward(teacher, "own-images")
+    cost = planner.cost("pretrain_teacher", {"dataset": "own-images", "teacher": "own_images"})
+    assert cost.operations == 3 * teacher["epochs"] * 40 * forward
 
 
 @pytest.mark.parametrize(
