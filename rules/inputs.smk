@@ -80,19 +80,21 @@ def stamp_of(path):
     return digest([[name, status.st_size, int(status.st_mtime)] for name, status in found])
 
 
-def file_given(path):
-    """A file of the user's as an input, but for a folder: another one of its name counts.
+def given(path, where):
+    """A path of the user's, which must be there.
 
-    Also where it is gone. An input that left the list would have what was made of it deleted and then not made.
+    Snakemake takes what lacks an input as it is if it is there, and would show tables of an earlier configuration.
     """
     path = os.path.expanduser(path)
-    return [] if os.path.isdir(path) else path
+    if workflow.is_main_process and not os.path.exists(path):
+        stop(f"{where}: there is no file or folder {path}; correct it, or put it back")
+    return path
 
 
 def weights_given(w):
     """The file that a teacher is loaded from, where there is one."""
     weights = entry("teachers", w.teacher, w.dataset).get("weights", "torchvision")
-    return [] if weights == "torchvision" else file_given(weights)
+    return [] if weights == "torchvision" else given(weights, f"teachers.{w.teacher}.weights")
 
 
 def weights_stamp(w):
@@ -259,12 +261,13 @@ def distil_baseline_settings(w):
 
 def external_path(w):
     """Where a set made elsewhere lies."""
-    return os.path.expanduser(method_of(w)["external"].replace("{ipc}", w.ipc))
+    return given(method_of(w)["external"].replace("{ipc}", w.ipc), f"methods.{w.method}.external")
 
 
 def external_given(w):
-    """The file of a set made elsewhere, unless it is a folder."""
-    return file_given(external_path(w))
+    """The file of a set made elsewhere, unless it is a folder, of which another one of its name counts."""
+    path = external_path(w)
+    return [] if os.path.isdir(path) else path
 
 
 def external_stamp(w):
@@ -415,8 +418,8 @@ def behind(step, **wildcards):
     found = []
     for rule, place in steps_before(step, SimpleNamespace(**wildcards)):
         w = SimpleNamespace(**place)
-        given = rule == "import_images" and os.path.isdir(external_path(w))
-        files = [external_stamp(w)] if given else []
+        in_folder = rule == "import_images" and os.path.isdir(external_path(w))
+        files = [external_stamp(w)] if in_folder else []
         found.append([SETTINGS[rule](w), code_of(rule), behind(rule, **place), *files])
     return digest(found)
 

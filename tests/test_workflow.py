@@ -430,6 +430,25 @@ def test_what_only_a_job_would_find_is_told_before_any(tmp_path, overlay, target
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_a_wrong_path_is_told_where_an_earlier_table_would_do(smoke, tmp_path):
+    """Snakemake takes a file as it is if what it is made of lacks an input."""
+    for overlay, told in (
+        (
+            "methods: {theirs: {kind: external, external: '/nowhere/ipc{ipc}'}}\n"
+            "tables: {main: {methods: [theirs]}}",
+            "methods.theirs.external: there is no file or folder /nowhere/ipc",
+        ),
+        (
+            "teachers: {convnet: {weights: /nowhere/w.pt}}",
+            "teachers.convnet.weights: there is no file or folder /nowhere/w.pt",
+        ),
+    ):
+        (tmp_path / "wrong.yaml").write_text(overlay, encoding="utf-8")
+        files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "wrong.yaml")]
+        done = run_snakemake(smoke, "-n", *files, preset="")
+        assert done.returncode == 1 and told in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("method", ["random", "kmeans_real", "dm", "real_start"])
 def test_more_images_per_class_than_there_are_is_told_by_the_job(smoke, tmp_path, method):
     overlay = "methods: {real_start: {like: wmdd, start: real, feature_term: cross_entropy}}"
