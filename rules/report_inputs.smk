@@ -196,10 +196,11 @@ def gallery_input(w):
 
 @settings_for
 def plot_gallery_settings(w):
+    methods = list(expand_methods(figure_of(w)["methods"]))
     return {
-        "figure": figure_of(w),
-        "labels": appearance(),
-        "swept": swept_of(expand_methods(figure_of(w)["methods"])),
+        "figure": pick(figure_of(w), "classes", "images"),
+        "labels": {m: label_of("methods", m) for m in methods},
+        "swept": swept_of(methods),
         "expected": expected_digests(making_sets(w)),
     }
 

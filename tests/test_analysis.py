@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from wmdd_core.models import Classifier, build_model
 from wmdd_core.relabeling import ViewSettings
 from workflow_scripts import embed_tsne, measure_distances, plot_distances, plot_tsne, trace_barycenters
 from workflow_scripts.distilled_sets import DistilledSet, embed_images
-from workflow_scripts.drawing import arranged
+from workflow_scripts.drawing import arranged, new_figure
 from workflow_scripts.job import Job
 from workflow_scripts.measure_distances import both_sides, distances, with_means
 
@@ -467,6 +468,30 @@ def test_a_class_with_too_few_real_images_has_no_coverage_but_a_place_on_the_map
     embedded = embed_tsne.Embedded("m", real, labels, fresh, real[[0, 1, 40, 41]], np.repeat([0, 1], 2))
     found = embed_tsne.summarise(embedded, (0,))
     assert np.isnan(found["coverage"]) and np.isnan(found["coverage_random"]) and found["within"] > 0
+
+
+def test_each_map_fills_its_panel():
+    """Few points may fly apart: a common scale would show the other methods' maps as dots."""
+    place = {"kind": "real", "class": 0, "x": [-1.0, 1.0], "y": [0.0, 0.5]}
+    near = pd.DataFrame({"method": "near", **place})
+    far = near.assign(method="far", x=200 * near.x, y=200 * near.y)
+    panels = plot_tsne.draw(pd.concat([near, far]), {}, ["0"]).axes
+    assert [axes.get_xlim() for axes in panels] == [pytest.approx((-s, s)) for s in (1.06, 212)]
+    assert [axes.get_ylim() for axes in panels] == [axes.get_xlim() for axes in panels]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.97, 1.08), (0.3, 4.5), (0.013, 0.7), (0.01, 30)])
+def test_labels_of_a_logarithmic_axis_stand_apart(low, high):
+    figure = new_figure(2.75, 1)
+    axes = figure.subplots()
+    axes.plot([low, high], [0, 1])
+    plot_distances.set_log_axis(axes)
+    figure.draw_without_rendering()
+    ticks = axes.xaxis.get_major_ticks() + axes.xaxis.get_minor_ticks()
+    labels = [t.label1 for t in ticks if t.label1.get_text()]
+    boxes = sorted(label.get_window_extent().extents[[0, 2]].tolist() for label in labels)
+    inside = [b for b in boxes if axes.bbox.x0 - 20 < b[0] and b[1] < axes.bbox.x1 + 20]
+    assert len(inside) >= 2 and all(a[1] < b[0] for a, b in itertools.pairwise(inside))
 
 
 def test_a_map_shows_the_first_classes_or_those_named():

@@ -23,6 +23,7 @@ from workflow_scripts.drawing import (
     base_name,
     colour_of,
     line_styles,
+    names_of,
     new_figure,
     save,
     shortened,
@@ -519,7 +520,7 @@ def make_gallery(root: Path, data: int = 0, **figure) -> tuple[Job, np.ndarray]:
         for rule, digest in made["lineage"].items():
             expected.setdefault(rule, []).append(digest)
     files = {"images": paths, "description": str(root / "description.json"), "train": str(root / "train.npy")}
-    settings = {"figure": {"kind": "gallery", **figure}, "labels": LABELS, "swept": {}, "expected": expected}
+    settings = {"figure": figure, "labels": {"wmdd": "WMDD"}, "swept": {}, "expected": expected}
     return make_job("plot_gallery", files, figure_output(root), settings, figure="gallery"), real
 
 
@@ -557,6 +558,24 @@ def test_members_of_a_sweep_are_told_apart_by_their_value(tmp_path, key, value, 
     job.settings["swept"] = {"wmdd": {"key": key, "value": value}}
     block = plot_gallery.distilled_block(job.input["images"][0], job, description, [0], 1)
     assert block.title == title
+    job.settings["swept"]["other"] = {"key": key, "value": value}  # of another sweep
+    block = plot_gallery.distilled_block(job.input["images"][0], job, description, [0], 1)
+    assert block.title == f"{title} (wmdd)"
+
+
+def test_methods_of_one_label_are_told_apart_in_every_figure():
+    labels = {"wmdd": "WMDD", "mine": "WMDD", "wmdd_x": "WMDD", "dm": "DM"}
+    apart = {"wmdd": "WMDD (wmdd)", "mine": "WMDD (mine)", "wmdd_x": "WMDD (wmdd_x)", "dm": "DM"}
+    assert names_of(labels, labels) == plot_gallery.heads_of(labels, {}) == apart
+    rows, swept = sweep_rows([("digits", "1")])
+    more, other = sweep_rows([("digits", "1")], values=(1, 2), entry="mine")
+    (axes,) = plot_sweep.draw(
+        [*rows, *more], {**swept, **other}, "lambda_bn", {"methods": dict.fromkeys([*swept, *other], "WMDD")}
+    ).axes
+    assert [bars.get_label().split(",")[0] for bars in axes.containers] == [
+        "WMDD (wmdd_lambda)",
+        "WMDD (mine)",
+    ]
 
 
 def test_a_dollar_in_a_class_name_begins_no_formula(tmp_path):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
 from wmdd_core.artifacts import replacing
+from wmdd_core.terms import tell_apart
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,10 +96,8 @@ def base_name(method: str) -> str:
 
 
 def names_of(methods: Sequence[str], labels: Mapping[str, str]) -> dict[str, str]:
-    """What the legend calls each method; of several with one label, variants go by their own names."""
-    read = {m: labels.get(m, m) for m in methods}
-    shared = [n for n in read.values() if list(read.values()).count(n) > 1]
-    return {m: m if n in shared and base_name(m) != m else n for m, n in read.items()}
+    """What the legend calls each method, as the table does."""
+    return tell_apart({m: labels.get(m, m) for m in methods})
 
 
 def colour_of(method: str) -> str:

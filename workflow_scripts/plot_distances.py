@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from wmdd_core.terms import MEAN
 from workflow_scripts.drawing import arranged, line_styles, names_of, new_figure, save
@@ -61,8 +61,7 @@ def draw_distances(axes: Axes, own: pd.DataFrame, first: pd.Series, styles: Mapp
             ratio = own.loc[method, metric] / first[metric] if first[metric] else math.nan
             axes.plot(ratio, place + shift, marker=marker, color=styles[method]["color"], markersize=4)
     axes.axvline(1, color="#555555", linewidth=0.8, zorder=0)
-    axes.set_xscale("log")
-    plain_log(axes)
+    set_log_axis(axes)
 
 
 def draw_bound(axes: Axes, own: pd.DataFrame, network: str, styles: Mapping) -> None:
@@ -72,14 +71,18 @@ def draw_bound(axes: Axes, own: pd.DataFrame, network: str, styles: Mapping) -> 
         axes.plot([at["difference"], at["bound"]], [place, place], color=colour, linewidth=0.8, alpha=0.6)
         for side, (_, marker) in SIDES.items():
             axes.plot(at[side], place, marker=marker, color=colour, markeredgewidth=1.6)
-    axes.set_xscale("log")
+    set_log_axis(axes)
     axes.tick_params(axis="y", length=0)
 
 
-def plain_log(axes: Axes) -> None:
-    """Ticks 1, 2, 5 as plain numbers, where the range is short."""
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
+def set_log_axis(axes: Axes) -> None:
+    """A logarithmic axis; its ticks are powers of ten over a long range, plain numbers over a short one."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    if high / low < 100:
+        short = high / low < 8
+        axes.xaxis.set_major_locator(MaxNLocator(4) if short else LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from wmdd_core.artifacts import read_tensors, write_csv
+from wmdd_core.terms import tell_apart
 from workflow_scripts.distilled_sets import check_artefact
 from workflow_scripts.drawing import DPI, class_titles, new_figure, save
 from workflow_scripts.job import Job, listed, run
@@ -59,6 +60,12 @@ def real_block(job: Job, description: Mapping, classes: Sequence[int], count: in
     return Block("real", "", images, lines)
 
 
+def heads_of(labels: Mapping[str, str], swept: Mapping) -> dict[str, str]:
+    """What stands above each method's images: of a sweep's member its value; if alike, their names, too."""
+    values = {m: f"{symbol(of['key'])} = {of['value']}" for m, of in swept.items()}
+    return tell_apart({**labels, **values})
+
+
 def distilled_block(path: str, job: Job, description: Mapping, classes: Sequence[int], count: int) -> Block:
     """The first `count` images of each class in a distilled set of this configuration."""
     tensors, header = read_tensors(path)
@@ -70,10 +77,8 @@ def distilled_block(path: str, job: Job, description: Mapping, classes: Sequence
         images.append(tensors["images"][rows].permute(0, 2, 3, 1).numpy())
         weights = tensors["weights"][rows].tolist()
         lines += [csv_line(method, ipc, c, description, i, f"{w:.6g}") for i, w in enumerate(weights)]
-    label = job.settings["labels"]["methods"].get(method, method)
-    if swept := job.settings["swept"].get(method):
-        label = f"{symbol(swept['key'])} = {swept['value']}"
-    return Block(label, f"{ipc} image{'s' * (ipc != '1')} per class", images, lines)
+    head = heads_of(job.settings["labels"], job.settings["swept"])[method]
+    return Block(head, f"{ipc} image{'s' * (ipc != '1')} per class", images, lines)
 
 
 def csv_line(method: str, ipc: str, c: int, description: Mapping, number: int, weight: str) -> dict:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from wmdd_core.artifacts import write_csv
+from wmdd_core.terms import tell_apart
 from workflow_scripts.checks import ALL
 from workflow_scripts.drawing import DASHES, MARKERS, new_figure, save
 from workflow_scripts.job import Job, run
@@ -43,7 +44,7 @@ def draw_panel(
     others: Sequence[Row],
     tones: Mapping,
     dashes: Mapping,
-    labels: Mapping,
+    names: Mapping,
 ) -> None:
     """A line with deviations for each sweep and size; a dotted one for each method that is not swept."""
     for size, (colour, marker) in tones.items():
@@ -52,7 +53,7 @@ def draw_panel(
             if not own:
                 continue
             own.sort(key=lambda r: r["value"])
-            name = f"{labels['methods'].get(own[0]['method'], entry)}, " if len(dashes) > 1 else ""
+            name = f"{names[entry]}, " if len(dashes) > 1 else ""
             axes.errorbar(
                 [r["value"] for r in own],
                 [float(r["top1_mean"]) for r in own],
@@ -66,8 +67,7 @@ def draw_panel(
             )
         for other in (o for o in others if o["ipc"] == str(size) and o["top1_mean"]):
             axes.axhline(float(other["top1_mean"]), color=colour, linestyle=":", linewidth=1.2)
-            name = labels["methods"].get(other["method"], other["method"])
-            name += f", IPC {size}" if len(tones) > 1 else ""
+            name = names[other["method"]] + (f", IPC {size}" if len(tones) > 1 else "")
             place = (1.01, float(other["top1_mean"]))
             axes.annotate(name, place, xycoords=("axes fraction", "data"), va="center")
     set_scale(axes, [r["value"] for r in rows])
@@ -86,6 +86,9 @@ def draw(rows: Sequence[Row], swept: Mapping, key: str, labels: Mapping) -> Figu
     members, found = swept_rows(rows, swept), panels(rows)
     tones = styles_of(sorted({int(r["ipc"]) for r in members}), list(zip(TONES, MARKERS, strict=False)))
     dashes = styles_of(dict.fromkeys(r["entry"] for r in members), DASHES)
+    read = {r["entry"]: labels["methods"].get(r["method"], r["entry"]) for r in members}
+    unswept = {r["method"] for r in rows if r["method"] not in swept}
+    names = tell_apart({**read, **{m: labels["methods"].get(m, m) for m in sorted(unswept)}})
     across = min(len(found), PANELS_ABREAST)
     down = -(-len(found) // across)
     titles = panel_titles([place for place, _ in found], labels)
@@ -95,7 +98,7 @@ def draw(rows: Sequence[Row], swept: Mapping, key: str, labels: Mapping) -> Figu
         axes.set_axis_off()
     for number, (axes, (_, own)) in enumerate(zip(grid.flat, found, strict=False)):
         others = [r for r in own if r["method"] not in swept]
-        draw_panel(axes, swept_rows(own, swept), others, tones, dashes, labels)
+        draw_panel(axes, swept_rows(own, swept), others, tones, dashes, names)
         axes.legend()
         if len(found) > 1:
             axes.set_title(titles[number], loc="left")

@@ -28,20 +28,21 @@ CLASS_COLOURS = (
 
 
 def draw(points: pd.DataFrame, labels: Mapping[str, str], classes: Sequence[str]) -> Figure:
-    """A map for each method, left to right, over the same axes; `classes` are the shown ones' titles."""
+    """A map for each method, left to right, each as large as its panel: a map's own scale says nothing.
+
+    `classes` are the shown ones' titles.
+    """
     methods, numbers = list(dict.fromkeys(points.method)), sorted(points["class"].unique())
     colours = dict(zip(numbers, CLASS_COLOURS, strict=False))
     names = names_of(methods, labels)
     figure = new_figure(3.4 * len(methods) + 0.4 + 0.075 * max(9, *map(len, classes)), 3.75)
-    grid = figure.subplots(1, len(methods), sharex=True, sharey=True, squeeze=False)[0]
+    grid = figure.subplots(1, len(methods), squeeze=False)[0]
     for axes, method in zip(grid, methods, strict=True):
         draw_map(axes, points[points.method == method], colours)
         axes.set_title(names[method], loc="left")
-    extent = 1.06 * max(points.x.abs().max(), points.y.abs().max())
-    grid[0].set(xlim=(-extent, extent), ylim=(-extent, extent))
     for axes in grid:
         axes.set_box_aspect(1)
-        axes.tick_params(labelbottom=False, labelleft=False, length=0)
+        axes.set(xticks=[], yticks=[])
         axes.spines[["top", "right"]].set_visible(True)
     kinds = [
         Line2D([], [], linestyle="", color="#555555", marker="o", markersize=3.5, label="real"),
@@ -56,6 +57,8 @@ def draw(points: pd.DataFrame, labels: Mapping[str, str], classes: Sequence[str]
 
 
 def draw_map(axes: Axes, points: pd.DataFrame, colours: Mapping[int, str]) -> None:
+    extent = 1.06 * max(points.x.abs().max(), points.y.abs().max())
+    axes.set(xlim=(-extent, extent), ylim=(-extent, extent))
     real, distilled = (points[points.kind == k] for k in ("real", "distilled"))
     axes.scatter(real.x, real.y, s=7, c=real["class"].map(colours), alpha=0.45, linewidths=0)
     axes.scatter(
