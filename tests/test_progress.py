@@ -13,16 +13,17 @@ import pytest
 import torch
 
 from wmdd_core import progress as progress_module
-from wmdd_core.progress import RESUMABLE_EXIT, Progress
+from wmdd_core.progress import RESUMABLE_EXIT, STOPS, Progress
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
 def _keep_the_signal_handler():
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in STOPS}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def count_to(total: int, progress: Progress, stop_after: int | None = None) -> int:
@@ -183,19 +184,44 @@ from wmdd_core.progress import Progress
 progress = Progress("loop", Path(sys.argv[1]), "stamp", save_every=3600)
 for index in range(1000):
     if index == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
+        for number in map(int, sys.argv[2:]):
+            os.kill(os.getpid(), number)
     print("finished", index, flush=True)
     progress.step(index, 1000, lambda: {"next": index + 1}, dict)
 """
 
 
-def test_sigterm_finishes_the_step_saves_and_exits_with_75(tmp_path):
+def run_loop(path: Path, *signals: int, ignored: bool = False) -> subprocess.CompletedProcess:
+    """The loop above, which sends itself the signals in its fourth step."""
+    heed = signal.SIG_IGN if ignored else signal.SIG_DFL
+    return subprocess.run(
+        [sys.executable, "-c", LOOP, path, *(str(int(number)) for number in signals)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, heed),  # ignored where tests run in the background
+    )
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_to_stop_finishes_the_step_saves_and_exits_with_75(tmp_path, number):
     path = tmp_path / "state.pt"
-    stopped = subprocess.run([sys.executable, "-c", LOOP, path], cwd=ROOT, capture_output=True, text=True)
+    stopped = run_loop(path, number)
     assert stopped.returncode == RESUMABLE_EXIT == 75, stopped.stderr
     assert "finished 3" in stopped.stdout and "finished 4" not in stopped.stdout
     assert "told to stop" in stopped.stdout and stopped.stderr == ""
     assert Progress("loop", path, "stamp").resume() == {"next": 4}
+
+
+def test_a_second_ctrl_c_ends_a_loop_at_once(tmp_path):
+    stopped = run_loop(tmp_path / "state.pt", signal.SIGINT, signal.SIGINT)
+    assert stopped.returncode == -signal.SIGINT and "finished 3" not in stopped.stdout
+    assert not (tmp_path / "state.pt").exists()
+
+
+def test_ctrl_c_that_is_ignored_stays_so(tmp_path):
+    stopped = run_loop(tmp_path / "state.pt", signal.SIGINT, ignored=True)
+    assert stopped.returncode == 0 and "finished 999" in stopped.stdout
 
 
 def test_a_disk_that_takes_no_more_is_told_with_the_checkpoints_name(tmp_path):

@@ -1,7 +1,6 @@
 """Training from files and teachers of the user's: what large datasets and users' own work need."""
 
 import os
-import signal
 import subprocess
 import sys
 import urllib.error
@@ -21,6 +20,7 @@ from wmdd_core.augmentation import draw_crop, normalise
 from wmdd_core.data import ImageStore
 from wmdd_core.errors import UserError
 from wmdd_core.models import build_model
+from wmdd_core.progress import STOPS
 from wmdd_core.seeding import torch_generator
 from wmdd_core.sources import UnreadableImage, open_source
 from wmdd_core.training import FileCrops, file_batches
@@ -239,7 +239,7 @@ def image(i):
     time.sleep(0.05)
     return Image.fromarray(np.zeros((16, 16, 3), np.uint8))
 
-signal.signal(signal.SIGTERM, lambda *_: None)  # as a job that will save its state
+signal.signal(int(sys.argv[1]), lambda *_: None)  # as a job that will save its state
 class Source(SimpleNamespace):
     def __len__(self):
         return 24
@@ -250,13 +250,14 @@ for number, _ in enumerate(batches(0)):
 """
 
 
-def test_processes_that_decode_go_on_when_the_job_is_told_to_stop():
+@pytest.mark.parametrize("number", STOPS)
+def test_processes_that_decode_go_on_when_the_job_is_told_to_stop(number):
     """The batch that is being read is of the step that ends before the state is saved."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipe, command = subprocess.PIPE, [sys.executable, "-c", READING]
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", READING, str(int(number))]
     job = subprocess.Popen(command, stdout=pipe, start_new_session=True, env=environment, text=True)
     assert job.stdout.readline() == "0\n"
-    os.killpg(job.pid, signal.SIGTERM)
+    os.killpg(job.pid, number)
     # Not by `communicate`, which loses what came in one piece with the first line.
     assert job.stdout.read().split() == [str(n) for n in range(1, 12)]
     assert job.wait(timeout=60) == 0

@@ -16,6 +16,9 @@ import numpy as np
 
 from wmdd_core.artifacts import replacing, temporary_path
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
+"""Signals that a loop is told to stop by."""
+
 RESUMABLE_EXIT = 75
 """Exit status of a job that was told to stop and has saved its state (EX_TEMPFAIL)."""
 
@@ -25,8 +28,8 @@ class Progress:
 
     A loop asks `resume` for a state to go on from and calls `step` after each step. `checkpoint`
     is where states go (None: nowhere); `stamp` identifies the exact settings and inputs, and a
-    checkpoint with another stamp is ignored and removed. On SIGTERM the state is saved at the end
-    of the step and the process exits with status 75.
+    checkpoint with another stamp is ignored and removed. On SIGTERM or Ctrl-C the state is saved
+    at the end of the step and the process exits with status 75; a second Ctrl-C ends it at once.
     """
 
     def __init__(
@@ -44,11 +47,14 @@ class Progress:
         self.first: int | None = None
         self.terminated = False
         self.filled: np.memmap | None = None
-        if checkpoint is not None:
-            signal.signal(signal.SIGTERM, self._terminate)
+        for number in STOPS if checkpoint is not None else ():
+            if signal.getsignal(number) != signal.SIG_IGN:  # as Ctrl-C is for what runs in the background
+                signal.signal(number, self._terminate)
 
-    def _terminate(self, _signal: int, _frame: object) -> None:
+    def _terminate(self, number: int, _frame: object) -> None:
         self.terminated = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def resume(self) -> dict | None:
         """The saved state of these very settings, or None to start afresh."""

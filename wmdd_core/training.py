@@ -21,7 +21,7 @@ from wmdd_core.errors import UserError
 from wmdd_core.graphs import replayed
 from wmdd_core.memory import small_blocks_apart
 from wmdd_core.optimizers import SGD, Adam, AdamW
-from wmdd_core.progress import Progress
+from wmdd_core.progress import STOPS, Progress
 from wmdd_core.seeding import torch_generator
 from wmdd_core.sources import ImageSource
 
@@ -224,9 +224,10 @@ def real_batches(
     return batches
 
 
-def outlive_sigterm(_worker: int) -> None:
-    """For processes that read for a loop: a cluster signals all of a job, and the loop must end its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def outlive_stops(_worker: int) -> None:
+    """For processes that read for a loop: a signal reaches all of a job, and the loop must end its step."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class FileCrops(torch.utils.data.Dataset):
@@ -273,7 +274,7 @@ def file_batches(
             crops,
             batch_sampler=[part_of_batch(part) for part in chosen if trainable(len(part), len(crops))],
             num_workers=workers if workers > 1 else 0,
-            worker_init_fn=outlive_sigterm,
+            worker_init_fn=outlive_stops,
             pin_memory=device.type == "cuda",
         )
         for images, labels in loader:

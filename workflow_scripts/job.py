@@ -203,6 +203,8 @@ def run(main: Callable[[Job], None]) -> None:
                 main(job)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
     except RuntimeError as error:
         if not GPU_FULL.search(str(error)):
             raise

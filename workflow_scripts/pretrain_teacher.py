@@ -17,6 +17,7 @@ from wmdd_core.artifacts import read_tensors, write_json, write_tensors, write_t
 from wmdd_core.device import precision
 from wmdd_core.errors import UserError
 from wmdd_core.models import Classifier, build_model, load_weights
+from wmdd_core.progress import STOPS
 from wmdd_core.seeding import derive_seed
 from wmdd_core.sources import UnreadableImage
 from wmdd_core.training import Curve, accuracy, fit, hard_label_loss, test_batches
@@ -147,8 +148,9 @@ def train(job: Job) -> None:
     if dist.is_initialized():
         model = normalised_together(model, device)
         if first:
-            # SIGTERM ends the others at once, and with them the epoch; the state of the last one is saved.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            # They end the others at once, and with them the epoch; the state of the last one is saved.
+            for number in STOPS:
+                signal.signal(number, signal.SIG_DFL)
             progress.save_every = 0
     if "weights" in settings:
         load_published(model, settings["architecture"], settings["weights"])

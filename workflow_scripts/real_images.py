@@ -15,7 +15,7 @@ from wmdd_core.errors import UserError
 from wmdd_core.models import Classifier, build_model, load_weights
 from wmdd_core.seeding import torch_generator
 from wmdd_core.sources import open_described
-from wmdd_core.training import Batch, FileCrops, Schedule, file_batches, outlive_sigterm, real_batches
+from wmdd_core.training import Batch, FileCrops, Schedule, file_batches, outlive_stops, real_batches
 from workflow_scripts.job import Job
 
 IMAGES_PER_PASS = 64  # fits a CPU's caches; a GPU waits for decoding, and larger passes only take memory
@@ -109,7 +109,7 @@ def in_order(
         batch_size=None,
         sampler=passes,
         num_workers=workers if workers > 1 else 0,
-        worker_init_fn=outlive_sigterm,
+        worker_init_fn=outlive_stops,
         pin_memory=device.type == "cuda",
     )
     for chosen, images in zip(passes, images_of_passes, strict=True):
