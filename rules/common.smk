@@ -24,7 +24,7 @@ from rules.scheduling import repair_scheduler
 from wmdd_core.code import code_hash, code_variable, source_stamp
 from wmdd_core.digests import canonical, digest, lineage_name
 from wmdd_core.errors import UserError
-from wmdd_core.layouts import class_count
+from wmdd_core.layouts import class_count, listed_classes
 from wmdd_core.sharding import shard_members, shard_total
 
 prepare_environment(workflow.basedir)
@@ -166,6 +166,13 @@ def class_total(dataset):
         return class_count(dataset_of(dataset))
     except UserError as error:
         stop(f"datasets.{dataset}: {error}")
+
+
+@functools.cache
+def class_folders(dataset):
+    """A digest of the names of the class folders under a dataset's root, as settings, where they are looked up."""
+    found = listed_classes(dataset_of(dataset))
+    return {"class_folders": digest(found)} if found else {}
 
 
 def method_of(w):

@@ -29,6 +29,7 @@ def describe_dataset_settings(w):
     return {
         **without(dataset, "title", "teacher", "flip", "store_train", "classes", "download"),
         "classes": class_total(w.dataset),
+        **class_folders(w.dataset),
         "seed": config["seed"],
     }
 

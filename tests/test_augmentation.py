@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from wmdd_core.augmentation import (
     Views,
     apply_views,
+    batch_viewer,
     draw_views,
     mix_views,
     normalise,
@@ -147,6 +148,17 @@ def test_quantise_inverts_normalise():
 def test_quantise_rounds_to_the_nearest_and_clips():
     x = torch.tensor([-9.0, 0.004, 9.0]).view(1, 3, 1, 1)
     assert quantise(x, torch.zeros(3), torch.ones(3)).flatten().tolist() == [0, 1, 255]
+
+
+@pytest.mark.parametrize("share", [0, -1.0, 2.0, math.nan, torch.tensor([0.5, 1.5])])
+def test_a_share_of_the_area_is_above_0_and_at_most_1(share):
+    with pytest.raises(UserError, match="it must be above 0 and at most 1"):
+        draw_views(2, 8, torch.Generator(), crop_scale_min=share)
+
+
+def test_images_between_0_and_1_are_refused():
+    with pytest.raises(UserError, match="images are torch.float32; give uint8"):
+        batch_viewer(torch.rand(2, 3, 8, 8), MEAN, STD, cutmix=False)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -1026,7 +1026,7 @@ def test_unreadable_image_is_named_when_it_is_read(cats_and_dogs):
     spoil(cats_and_dogs)
     source = open_source(folder(cats_and_dogs), "train")
     for workers in (1, 2):
-        with fails("train/cat/truncated.jpg cannot be read", "skip"):
+        with fails("train/cat/truncated.jpg cannot be read", "replace or remove it"):
             decode(source, 8, indices=[0, 4] * 40, workers=workers)
 
 

@@ -234,6 +234,9 @@ def test_two_diracs_are_their_distance_apart():
         (lambda: d.exact_wasserstein(X * math.nan, Y), "not finite"),
         (lambda: d.mmd_linear(X[:0], Y), "neither empty"),
         (lambda: d.mmd_rbf(X, Y, WY), "7 points"),
+        (lambda: d.mmd_linear(X, Y, -WX), "minimum -"),
+        (lambda: d.mmd_rbf(X, Y, WX * 0), "positive sum"),
+        (lambda: d.mmd_linear(X, Y, WX * math.nan), "positive sum"),
         (lambda: d.estimate_lipschitz(WY, X), "5 values of g for 7 points"),
     ],
 )

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from wmdd_core.errors import UserError
 from wmdd_core.features import extract_features
 from wmdd_core.models import build_model, freeze
 from wmdd_core.progress import Progress
@@ -76,6 +77,20 @@ def test_no_observers_and_no_change_of_the_model_are_left(model):
     with pytest.raises(Killed):
         extract_features(model, batches(5, stop_at=10), filled(model.classifier.in_features), CLASSES)
     assert not observed()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "told"),
+    [
+        ((COUNT + 1, 96), np.float32, f"there were {COUNT} images for {COUNT + 1} rows"),
+        ((COUNT, 96), np.int32, "give floating point"),
+        ((COUNT,), np.float32, "give floating point"),
+    ],
+)
+def test_an_array_that_does_not_fit_is_refused(model, shape, dtype, told):
+    shape = (shape[0], model.classifier.in_features)[: len(shape)]
+    with pytest.raises(UserError, match=told):
+        extract_features(model, batches(5), np.zeros(shape, dtype), CLASSES)
 
 
 def memory_map(path, dimension: int, mode: str) -> np.memmap:

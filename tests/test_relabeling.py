@@ -272,6 +272,19 @@ def test_logits_that_float16_cannot_hold_are_told(teacher):
         labelled(teacher)
 
 
+def test_labels_of_another_set_and_unknown_modes_are_refused(teacher):
+    labels = labelled(teacher)
+    for call in (
+        lambda: label_views(teacher, IMAGES[:-1], VIEWS, MEAN, STD, labels),
+        lambda: soft_label_batches(IMAGES[:-1], WEIGHTS[:-1], labels, VIEWS, 4, MEAN, STD, ("names",)),
+        lambda: soft_label_batches(IMAGES, WEIGHTS, labels[0], VIEWS, 4, MEAN, STD, ("names",)),
+    ):
+        with pytest.raises(UserError, match="labels have the shape"):
+            call()
+    with pytest.raises(UserError, match="teacher_mode is 'train'; known are eval, batch"):
+        label_views(teacher, IMAGES, VIEWS, MEAN, STD, labels, teacher_mode="train")
+
+
 # ---- resuming ----------------------------------------------------------------------------------
 
 

@@ -254,3 +254,8 @@ def test_a_new_class_folder_or_description_reruns_its_dataset_and_no_other(smoke
     done = run_snakemake(directory, "--dry-run", "main", *files, preset="")
     assert count_jobs(done.stdout + done.stderr) == {**of_one_dataset, "tabulate_accuracy": 1}
     assert "digits" not in " ".join(re.findall(r"^Job \d+: (.+)$", done.stdout + done.stderr, re.MULTILINE))
+    for split in ("train", "test"):  # as many classes as there were, but of other names
+        (root / split / "light").rename(tmp_path / f"{split}-light")
+        (root / split / "dark").rename(root / split / "light")
+    done = run_snakemake(directory, "--dry-run", "main", *files, preset="")
+    assert count_jobs(done.stdout + done.stderr) == {**of_one_dataset, "tabulate_accuracy": 1}

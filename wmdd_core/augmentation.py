@@ -64,10 +64,14 @@ def draw_views(
     for each; aspect ratio 3/4 to 4/3, ten attempts and then the whole image. `roll`: largest cyclic shift
     in pixels.
     `cutmix`: mix λ ~ Beta(1, 1) of each view with a patch of a partner's view.
+
+    Raises `UserError` for a `crop_scale_min` that is no share.
     """
     none = torch.zeros(count, 4, dtype=torch.int64)
     whole = torch.tensor([0, 0, resolution, resolution]).expand(count, 4)
     scale_min = torch.as_tensor(crop_scale_min, dtype=torch.float32).expand(count)
+    if not ((scale_min > 0) & (scale_min <= 1)).all():
+        raise UserError(f"crop_scale_min is {crop_scale_min}; it must be above 0 and at most 1")
     return Views(
         box=_draw_crops(resolution, scale_min, generator) if (scale_min < 1).any() else whole,
         flip=torch.rand(count, generator=generator) < 0.5 if flip else torch.zeros(count, dtype=torch.bool),
@@ -195,7 +199,9 @@ def view_batch(
 
 
 def batch_viewer(images: Tensor, mean: Tensor, std: Tensor, *, cutmix: bool) -> Callable[..., Tensor]:
-    """(indices, views) → `view_batch` of `images`, all on their device; see `graphs.replayed`."""
+    """(indices, views) → `view_batch` of uint8 `images`, all on their device; see `graphs.replayed`."""
+    if images.dtype != torch.uint8:
+        raise UserError(f"images are {images.dtype}; give uint8, from 0 to 255")
     mean, std = mean.to(images.device), std.to(images.device)
 
     def view(indices: Tensor, *drawn: Tensor) -> Tensor:

@@ -90,14 +90,16 @@ def wasserstein_barycenter(
     """
     started = time.perf_counter()
     points = _checked(points, size)
-    for name, value, known in (
-        ("weights", weights, WEIGHTS),
-        ("initialisation", initialisation, INITIALISATIONS),
-    ):
-        if isinstance(value, str) and value not in known:
-            raise UserError(f"{name} is {value!r}; known are {', '.join(known)}")
+    if not isinstance(weights, str) or weights not in WEIGHTS:
+        raise UserError(f"weights is {weights!r}; known are {', '.join(WEIGHTS)}")
+    if isinstance(initialisation, str) and initialisation not in INITIALISATIONS:
+        raise UserError(f"initialisation is {initialisation!r}; known are {', '.join(INITIALISATIONS)}")
     if restarts < 1:
         raise UserError(f"restarts is {restarts}; at least one start is needed")
+    if max_iterations < 0 or not tolerance >= 0:
+        raise UserError(
+            f"max_iterations is {max_iterations} and tolerance {tolerance}; neither may be negative"
+        )
     if not isinstance(initialisation, str):
         initialisation = _checked_start(initialisation, size, points.shape[1])
     centre = points.mean(0)
@@ -123,7 +125,9 @@ def _checked(points: np.ndarray, size: int) -> np.ndarray:
         raise UserError(f"points have the shape {points.shape}; expected (n, D)")
     if not np.isfinite(points).all():
         raise UserError(f"{int((~np.isfinite(points)).any(1).sum())} of {len(points)} points are not finite")
-    if not 1 <= size <= len(points):
+    if size < 1:
+        raise UserError(f"size is {size}; a barycenter has at least one atom")
+    if size > len(points):
         raise UserError(
             f"a barycenter of {size} atoms needs at least as many points; there are {len(points)}"
         )

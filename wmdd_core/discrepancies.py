@@ -3,8 +3,8 @@
 The equation numbers are those of Appendix B of the paper's supplement. A set is an (N, D) matrix
 of features with optional weights (N,), nonnegative and divided by their sum here; without weights
 each point counts 1/N. The MMD and sliced distances are squared, differentiable in the features
-and free of host synchronisation, so that they serve as feature losses; the exact distances are not
-squared and go through POT, in float64 on the host.
+and, without weights, free of host synchronisation, so that they serve as feature losses; the exact
+distances are not squared and go through POT, in float64 on the host.
 """
 
 from __future__ import annotations
@@ -259,7 +259,13 @@ def _masses(weights: Tensor | None, x: Tensor) -> Tensor:
     if weights.shape != x.shape[:1]:
         raise UserError(f"received weights {tuple(weights.shape)} for {len(x)} points; give one for each")
     weights = weights.to(x)
-    return weights / weights.sum()
+    least, total = float(weights.min()), float(weights.sum())
+    if not (least >= 0 and total > 0):
+        raise UserError(
+            f"received weights with sum {total:g} and minimum {least:g}; give nonnegative weights with a"
+            " positive sum"
+        )
+    return weights / total
 
 
 def _mass_array(weights: ArrayLike | Tensor | None, count: int) -> np.ndarray:

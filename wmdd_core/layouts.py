@@ -105,15 +105,20 @@ def class_count(settings: Mapping[str, Any]) -> int:
     `classes` where it is given, the known number of a built-in source, otherwise the class
     folders under `root`. Raises `UserError` if a fixed source is contradicted or `root` cannot be read.
     """
-    source = source_name(settings)
-    stated = stated_classes(settings)
+    if names := listed_classes(settings):
+        return len(names)
+    source, stated = source_name(settings), stated_classes(settings)
     if stated is not None and source not in FIXED_SOURCES:
         return stated
     known = KNOWN_CLASSES[source]
-    if known is None:
-        return len(find_layout(settings).classes)
     check_class_count(settings, known, f"source {source}")
     return known
+
+
+def listed_classes(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the class folders under `root`, where neither the settings nor the source say how many."""
+    told = stated_classes(settings) is not None or KNOWN_CLASSES[source_name(settings)] is not None
+    return () if told else find_layout(settings).classes
 
 
 def source_name(settings: Mapping[str, Any]) -> str:

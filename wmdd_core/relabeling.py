@@ -23,6 +23,8 @@ from wmdd_core.models import Classifier
 from wmdd_core.progress import Progress
 from wmdd_core.seeding import torch_generator
 
+TEACHER_MODES = ("eval", "batch")
+
 SAMPLED_VIEWS = 16
 """Views that labels are stored with, for a reader to tell whether it draws the same ones."""
 
@@ -87,7 +89,13 @@ def label_views(
     `teacher_mode`: "eval" normalises with the running statistics; "batch" with those of each batch,
     as SRe2L's CIFAR relabelling does, and then the labels depend on `batch_size`. Such batches are drawn
     anew in each epoch: `images` may be sorted by class, and a class or two have other statistics than all.
+
+    Raises `UserError` for logits that float16 cannot hold, `labels` of another number of images, and an
+    unknown `teacher_mode`.
     """
+    if teacher_mode not in TEACHER_MODES:
+        raise UserError(f"teacher_mode is {teacher_mode!r}; known are {', '.join(TEACHER_MODES)}")
+    _check_labels(labels, len(images))
     teacher.eval()
     if teacher_mode == "batch":
         teacher.train()
@@ -121,6 +129,11 @@ def label_views(
             progress.step(epoch, len(labels), lambda: {"epochs": epoch + 1}, dict)  # noqa: B023
 
 
+def _check_labels(labels: np.ndarray, count: int) -> None:
+    if labels.ndim != 3 or labels.shape[1] != count:
+        raise UserError(f"labels have the shape {labels.shape}; expected (epochs, {count}, classes)")
+
+
 def soft_label_batches(
     images: Tensor,
     weights: Tensor,
@@ -137,7 +150,11 @@ def soft_label_batches(
     `weights` (M,) average 1; the views are those that `label_views` labelled. `labels` are its array, or the
     frozen teacher, which then labels each view as it comes: the same labels but for rounding, nothing stored.
     On a GPU a batch overwrites the views of the one before.
+
+    Raises `UserError` for an array of another number of images.
     """
+    if isinstance(labels, np.ndarray):
+        _check_labels(labels, len(images))
     device = images.device
     view = batch_viewer(images, mean, std, cutmix=settings.cutmix)
     weights = weights.to(device)

@@ -51,8 +51,7 @@ class UnreadableImage(UserError):
 
     def __init__(self, path: str, file: str = "", reason: str = "") -> None:
         super().__init__(
-            f"{path} cannot be read as an image ({reason}); replace or remove it, or set "
-            "`on_unreadable: skip`"
+            f"{path} cannot be read as an image ({reason}); replace or remove it"
             if file
             # PyTorch makes the exception of a decoding process anew, of the traceback that it printed.
             else path.rstrip().rpartition("\n")[2].partition(f"{type(self).__name__}: ")[2]
