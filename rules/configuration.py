@@ -202,7 +202,7 @@ def check_block(where: str, entry: object, kind: Mapping, schema: Mapping) -> No
         raise ConfigError(f"{where}: expected settings, got {entry!r}")
     for key in entry:
         if key not in kind["properties"]:
-            raise ConfigError(f"{where}: {unknown(key, kind['properties'])}")
+            raise ConfigError(f"{where}: {unknown(key, kind['properties'])}".removeprefix("config: "))
     for key in kind.get("required", ()):
         if key not in entry:
             raise ConfigError(
@@ -261,7 +261,10 @@ def _expectation(error) -> str:
     limit = error.validator_value
     match error.validator:
         case "type":
-            return f"expected {limit if isinstance(limit, str) else ' or '.join(limit)}"
+            told, types = {"array": "list", "object": "mapping"}, [limit] if isinstance(limit, str) else limit
+            return f"expected {' or '.join(told.get(t, t) for t in types)}"
+        case "minItems":
+            return f"it needs at least {limit}"
         case "minimum":
             return f"the least allowed is {limit}"
         case "maximum":

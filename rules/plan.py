@@ -279,8 +279,13 @@ def summarise(jobs: Iterable[tuple[str, Mapping]], config: Mapping, costs: Mappi
     lines += [
         _largest("GPU hours", "gpu_hours", "h", totals, whole),
         _largest("disk", "gigabytes", "GB", totals, whole),
-        f"GPU hours are estimated for an H100-class GPU ({costs['gpu']['tflops']} TFLOP/s sustained); without"
-        f" a GPU the same work takes about {_number(whole.instead_hours)} core hours. Disk: what is kept.",
+        f"GPU hours are estimated for an H100-class GPU ({costs['gpu']['tflops']} TFLOP/s sustained)"
+        + (
+            f"; without a GPU the same work takes about {_number(whole.instead_hours)} core hours"
+            if whole.instead_hours >= 0.1
+            else ""
+        )
+        + ". Disk: what is kept.",
         "Rates, which of them measured and which estimated: report/costs.yaml.",
     ]
     if whole.unknown:

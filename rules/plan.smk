@@ -27,8 +27,8 @@ def print_plan():
 
 
 def print_unrecorded():
-    """Say after a run that Snakemake took files as they are because it does not know what made them."""
-    if workflow.dryrun or workflow.dag is None or not workflow.is_main_process:
+    """Say in the end that Snakemake took files as they are because it does not know what made them."""
+    if workflow.dag is None or not workflow.is_main_process:
         return
     dag, record = workflow.dag, workflow.persistence
     lost = [

@@ -1,19 +1,23 @@
 """Repairs of Snakemake and its Slurm plugin: looks that multiply, jobs that are left or waited for without
-end, failures and unseen ends that look done, locks of others.
+end, failures and unseen ends that look done, locks of others, reasons that nobody can read.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import json
 import os
 import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
 from snakemake.jobs import Job
-from snakemake.persistence import PersistenceBase
+from snakemake.persistence import ParamsChange, PersistenceBase
 from snakemake.persistence.file import FilePersistence
 from snakemake.scheduling.job_scheduler import JobScheduler
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
@@ -123,6 +127,45 @@ def delete_all_locks(persistence: FilePersistence) -> None:
         path.unlink(missing_ok=True)
 
 
+def tell_change(change: ParamsChange) -> str:
+    """What differs between a job's settings before and now.
+
+    Snakemake prints both as they are, those of a page with the whole configuration twice.
+    """
+    before, now = (_settings_among(values) for values in (change.only_old, change.only_new))
+    told = []
+    for key in sorted({*before, *now}):
+        old, new = (json.dumps(s[key], ensure_ascii=False) if key in s else "–" for s in (before, now))
+        if old != new:
+            told.append(f"{key}: {old} → {new}" if max(len(old), len(new)) <= TOLD_LENGTH else key)
+    if len(told) > TOLD:
+        told[TOLD:] = [f"{len(told) - TOLD} more"]
+    return ", ".join(told) or "its code, or the settings or the code of a step before it"
+
+
+TOLD, TOLD_LENGTH = 8, 40
+"""Most differences that a reason names, and the longest value that it shows."""
+
+
+def _settings_among(values: Iterable[str]) -> dict[str, object]:
+    """The settings among a job's parameters as Snakemake records them, by key, nested ones as `a.b`."""
+    found = {}
+    for value in values:
+        with contextlib.suppress(ValueError, SyntaxError):  # a digest is no JSON
+            settings = json.loads(ast.literal_eval(value))
+            found |= _flat(settings) if isinstance(settings, dict) else {}
+    return found
+
+
+def _flat(settings: object, place: str = "") -> dict[str, object]:
+    if not isinstance(settings, dict):
+        return {place: settings}
+    found = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{place}.{key}" if place else key)
+    return found
+
+
 class Answers:
     """What Slurm says of jobs, with the ends that its plugin would wait for without end told in its words."""
 
@@ -172,3 +215,4 @@ def repair_scheduler() -> None:
     RemoteExecutor.run_job_pre = remove_old_outputs
     FilePersistence._delete_locks = delete_own_locks
     FilePersistence.cleanup_locks = delete_all_locks
+    ParamsChange.__str__ = tell_change

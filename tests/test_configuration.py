@@ -157,7 +157,7 @@ def test_results_beside_or_around_a_folder_of_images_are_accepted(root):
 def test_an_unknown_key_is_told_with_the_nearest(path, near):
     told = refusal(path, 1)
     assert f"unknown name {path.split('.')[-1]!r}; did you mean {near!r}?" in told
-    assert told.startswith(".".join(path.split(".")[:-1]) or "config")
+    assert told.startswith(".".join(path.split(".")[:-1]) or "unknown name")
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_a_target_has_one_meaning(block, name):
         ("methods.wmdd.kind", "recovr", "did you mean 'recover'?"),
         ("datasets.digits.source", "cifar", "did you mean 'cifar10"),
         ("datasets.digits.flip", "no", "expected boolean"),
-        ("datasets.digits.mean", [0.5, 0.5], "too short"),
+        ("datasets.digits.mean", [0.5, 0.5], "it needs at least 3"),
         ("datasets.digits.std", [0.5, 0.5, "x"], "datasets.digits.std.2 is 'x'; expected number"),
         ("datasets.digits.mean", [124, 116, 104], "datasets.digits.mean.0 is 124; the most allowed is 1"),
         ("datasets.digits.std", [0.2, 0, 0.2], "datasets.digits.std.1 is 0; the least allowed is 1e-06"),
@@ -408,13 +408,14 @@ def test_a_target_has_one_meaning(block, name):
         ("teachers.small.architecture", "resnet19", "did you mean 'resnet18'?"),
         ("recipes.soft.batch_size", 1, "the least allowed is 2"),
         ("tables.main.ipc", [1, 0], "tables.main.ipc.1 is 0; the least allowed is 1"),
-        ("tables.main.ipc", 10, "tables.main.ipc is 10; expected array"),
-        ("datasets", ["digits"], "datasets is ['digits']; expected object"),
+        ("tables.main.ipc", 10, "tables.main.ipc is 10; expected list"),
+        ("datasets", ["digits"], "datasets is ['digits']; expected mapping"),
         ("device", "gpu", "device is 'gpu'; it does not have the required form (auto, cpu, cuda or cuda:N"),
         ("device", "cuda:", "it does not have the required form (auto, cpu, cuda or cuda:N"),
         ("results", "", "results is ''; it does not have the required form (folder"),
         ("results", "a{b}c", "results is 'a{b}c'; it does not have the required form (folder"),
-        ("accept_code.plot_sweep", 3, "expected object"),
+        ("accept_code.plot_sweep", 3, "expected mapping"),
+        ("tables.main.ipc", [], "tables.main.ipc is []; it needs at least 1"),
         ("figures.accuracy.kind", "galery", "did you mean 'gallery'?"),
         ("methods.wmdd.augmentation", ["foo"], "augmentation.0 is 'foo'; known are colour, crop"),
         ("methods.wmdd.external", "", "''"),

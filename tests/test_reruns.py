@@ -77,6 +77,13 @@ def test_a_job_that_failed_after_a_change_is_planned_again(smoke, tmp_path, chan
     assert planned_counts(directory, overlay) == jobs
 
 
+def test_a_dry_run_names_the_setting_that_changed(smoke, tmp_path):
+    (tmp_path / "overlay.yaml").write_text("methods: {wmdd: {lambda_bn: 20}}", encoding="utf-8")
+    files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "overlay.yaml")]
+    done = run_snakemake(smoke, "--dry-run", *files, preset="")
+    assert "last execution: lambda_bn: 30 → 20\n" in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "deleted", [("tables/main.csv", "figures/gallery.png"), ("tables/main.md", "figures/gallery.pdf")]
 )

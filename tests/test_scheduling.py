@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from conftest import ROOT, run_snakemake
+from snakemake.persistence import ParamsChange
 from snakemake.persistence.file import FilePersistence
 from snakemake.scheduling.job_scheduler import JobScheduler
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
@@ -29,7 +31,9 @@ from rules.scheduling import (
     remember_submission,
     remove_old_outputs,
     settle_answers,
+    tell_change,
 )
+from wmdd_core.digests import digest
 
 WORKFLOW = """
 import sys
@@ -153,6 +157,19 @@ def test_a_run_that_ends_leaves_the_locks_of_others(tmp_path, monkeypatch):
     assert list(other._read_locks()) == [("output", "c")]
     FilePersistence(path=tmp_path).cleanup_locks()  # as --unlock does
     assert list(third._read_locks()) == []
+
+
+def test_a_reason_names_the_settings_that_differ():
+    def recorded(**settings) -> set[str]:  # as Snakemake keeps parameters, a digest among them
+        return {repr(json.dumps(settings)), repr(digest(settings))}
+
+    before = recorded(lambda_bn=30, start="noise", sharding={"batch_size": 10, "classes": 10}, old=1)
+    now = recorded(lambda_bn=0.5, start="noise", sharding={"batch_size": 5, "classes": 10}, items=["i"] * 20)
+    told = "items, lambda_bn: 30 → 0.5, old: 1 → –, sharding.batch_size: 10 → 5"
+    assert tell_change(ParamsChange(before, now)) == told
+    many = ParamsChange(recorded(**{f"k{i:02}": 0 for i in range(30)}), recorded())
+    assert tell_change(many).endswith("k07: 0 → –, 22 more")
+    assert tell_change(ParamsChange({repr("aa")}, {repr("12")})).startswith("its code, or the settings")
 
 
 def test_answers_that_the_plugin_would_wait_for_are_settled():

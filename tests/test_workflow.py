@@ -287,10 +287,11 @@ def test_results_without_a_record_are_told(smoke, tmp_path):
     shutil.copytree(smoke / "results", tmp_path / "run/results")
     (tmp_path / "overlay.yaml").write_text("methods: {wmdd: {lambda_bn: 77}}", encoding="utf-8")
     files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "overlay.yaml")]
-    done = run_snakemake(tmp_path / "run", "--cores", "1", *files, preset="")
-    told = done.stdout + done.stderr
-    assert done.returncode == 0 and "Nothing to be done" in told
-    assert re.search(r"warning: \d+ jobs? left files without a record", told)
+    for run in ("--dry-run", "--cores=1"):
+        done = run_snakemake(tmp_path / "run", run, *files, preset="")
+        told = done.stdout + done.stderr
+        assert done.returncode == 0 and "Nothing to be done" in told
+        assert re.search(r"warning: \d+ jobs? left files without a record", told)
     done = run_snakemake(smoke, "--cores", "1")
     assert "without a record" not in done.stdout + done.stderr
 
@@ -316,6 +317,10 @@ def test_results_without_a_record_are_told(smoke, tmp_path):
         ("students: {convnet: {architecture: resnet19}}", "is 'resnet19'; known are convnet, resnet18"),
         ("datasets: {digits: {source: digitz}}", "did you mean 'digits'?"),
         ("datasets: {digits: {classes: 7}}", "7"),
+        (
+            "datasets: {c: {source: cifar10, resolution: 32, teacher: convnet}}",
+            "datasets.c: a source of files needs 'root'; add what is missing",
+        ),
         ("student_seeds: 0", "student_seeds is 0; the least allowed is 1"),
     ],
 )
@@ -409,7 +414,7 @@ def test_a_key_that_stands_twice_is_told_with_its_line(tmp_path, text, line, key
         ),
         ("figures: {tsne: {classes: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0]}}", "tsne", "name each once"),
         (
-            "datasets: {many: {source: cifar100, resolution: 16, teacher: convnet}}\n"
+            "datasets: {many: {source: cifar100, root: x, resolution: 16, teacher: convnet}}\n"
             "figures: {tsne: {datasets: [many], classes: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]}}",
             "tsne",
             "figures.tsne.classes: a map has colours for 10 classes; name no more",
