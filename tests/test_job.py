@@ -73,14 +73,22 @@ def test_twins_work_one_after_another_and_leave_no_lock(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "made", "needed"), [({}, True, False), ({}, False, True), ({"epochs": 2}, True, True)]
+    ("change", "made", "needed"),
+    [
+        ({}, True, False),
+        ({}, False, True),
+        ({"settings": {"epochs": 2}}, True, True),
+        ({"code": "another"}, True, True),
+        ({"device_name": "cpu"}, True, True),
+        ({"input": {"teacher": __file__}}, True, True),
+    ],
 )
-def test_what_a_twin_has_just_made_is_not_made_again(tmp_path, monkeypatch, settings, made, needed):
+def test_what_a_twin_has_just_made_is_not_made_again(tmp_path, monkeypatch, change, made, needed):
     """After a crash of Snakemake its jobs go on; those of the next run wait for them."""
     output = tmp_path / "checkpoint.safetensors"
     job = replace(make_job(tmp_path), output={"checkpoint": str(output)})
     ready, go = tmp_path / "ready", tmp_path / "go"
-    first = replace(job, settings=settings)
+    first = replace(job, **change)
     program = f"""
 import time
 from pathlib import Path
@@ -270,6 +278,14 @@ def test_a_state_is_of_the_input_files_that_it_was_made_from(tmp_path):
         stamp = job.progress([]).stamp
     os.utime(teacher, (0, 0))
     assert job.progress([]).stamp != stamp
+
+
+def test_a_state_is_of_the_settings_the_code_and_what_lies_behind(tmp_path):
+    job = make_job(tmp_path)
+    before = [{"lineage": {"describe_dataset": digest}, "devices": {}} for digest in ("a", "b")]
+    jobs_of = [job, replace(job, settings={"epochs": 2}), replace(job, code="another")]
+    stamps = [one.progress([]).stamp for one in jobs_of] + [job.progress([h]).stamp for h in before]
+    assert len(set(stamps)) == 5
 
 
 def test_a_state_is_not_taken_up_by_another_pytorch(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
 
 from wmdd_core import relabeling
 from wmdd_core.artifacts import make_header, read_arrays, read_json, read_tensors, write_tensors
@@ -16,8 +17,8 @@ from wmdd_core.models import freeze
 from wmdd_core.progress import Progress
 from wmdd_core.recovery import Recovered
 from wmdd_core.relabeling import soft_label_loss
-from wmdd_core.seeding import numpy_generator, torch_generator
-from wmdd_core.training import Curve
+from wmdd_core.seeding import derive_seed, numpy_generator, torch_generator
+from wmdd_core.training import Curve, Schedule
 from workflow_scripts import (
     compute_barycenter,
     decode_images,
@@ -81,7 +82,7 @@ def road(tmp_path_factory):
     }
     road.files["teacher"] = road.make(pretrain_teacher, teacher, teacher="t")["checkpoint"]
     road.files |= road.make(extract_features, {}, teacher="t")
-    settings = {"weights": "learned", "max_iterations": 5, "seed": 0}
+    settings = {"weights": "learned", "max_iterations": 5, "seed": 3}
     place = {"teacher": "t", "barycenter": "learned", "ipc": str(IPC), "block": "2-4"}
     road.files["barycenters"] = [road.make(compute_barycenter, settings, **place)["barycenter"]]
     return road
@@ -104,7 +105,7 @@ def test_a_barycenter_is_that_of_its_classes_features_by_its_seed(road, labels):
     arrays, _ = read_arrays(road.files["barycenters"][0])
     features = np.load(road.files["features"]).astype(np.float64)
     for row, c in enumerate(arrays["classes"]):
-        generator = numpy_generator(0, "digits", "barycenter", int(c), IPC)
+        generator = numpy_generator(3, "digits", "barycenter", int(c), IPC)
         wanted = wasserstein_barycenter(features[labels == c], IPC, generator=generator, max_iterations=5)
         assert np.array_equal(arrays["support"][row], wanted.support)
         assert np.array_equal(arrays["weights"][row], wanted.weights)
@@ -131,6 +132,7 @@ def test_a_shard_pairs_atoms_weights_and_statistics(road, labels, numbers, layou
     drawn = shard.real_features(4, 10, torch.Generator().manual_seed(0))
     own = np.load(road.files["features"])[labels == 4]
     assert len(drawn) == 10 and all((own == row.numpy()).all(1).any() for row in drawn)
+    assert not torch.equal(drawn, shard.real_features(4, 10, torch.Generator().manual_seed(1)))
 
 
 def rows_of(image, images):
@@ -158,6 +160,41 @@ def test_kmeans_selects_different_images_of_each_class_near_its_centres(road, la
             assert found == [np.linalg.norm(points - points.mean(0), axis=1).argmin()]
 
 
+def test_what_is_selected_depends_on_seed_dataset_and_class(road, labels, tmp_path):
+    output = {"shard": str(tmp_path / "shard.safetensors")}
+
+    def selected(selection, seed, dataset="digits"):
+        """The numbers, within their class, of five images of each class."""
+        place = {"dataset": dataset, "method": "m", "ipc": "5", "shard": "0"}
+        road.make(select_images, {"selection": selection, "seed": seed}, output, **place)
+        tensors, _ = read_tensors(output["shard"])
+        own = [training_images(road)[labels == c] for c in range(10)]
+        pairs = zip(tensors["images"], tensors["labels"].tolist(), strict=True)
+        return [rows_of(image, own[c])[0] for image, c in pairs]
+
+    first = selected("random", 0)
+    assert first == selected("random", 0)
+    assert first != selected("random", 1) and first != selected("random", 0, "other")
+    assert len({tuple(first[5 * c : 5 * c + 5]) for c in range(10)}) == 10  # an order for each class
+    features = np.load(road.files["features"]).astype(np.float64)
+    wanted = [
+        nearest_rows(features[labels == c], 5, derive_seed(7, "digits", "kmeans", c)) for c in range(10)
+    ]
+    assert selected("kmeans", 7) == torch.cat(wanted).tolist()
+
+
+def test_kmeans_keeps_the_best_of_ten_runs(monkeypatch):
+    given = {}
+
+    def recorded(count, **named):
+        given.update(named)
+        return KMeans(count, **named)
+
+    monkeypatch.setattr("sklearn.cluster.KMeans", recorded)
+    nearest_rows(np.random.default_rng(0).normal(size=(30, 2)), 3, 2**32 + 5)
+    assert given == {"n_init": 10, "random_state": 5}
+
+
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 def test_of_equal_images_each_is_selected_once():
     chosen = nearest_rows(np.array([[0.0], [0.0], [0.0], [5.0]]), 3, 0)
@@ -180,18 +217,23 @@ def test_a_start_from_real_images_takes_different_ones_of_each_class(road, label
 def test_baselines_compare_a_class_with_its_own_images(road, labels, monkeypatch, kind):
     given = {}
 
-    def loop(real, initial, own, *_):
-        given.update(real=real, initial=initial, labels=own)
+    def loop(real, initial, own, build_network, _, names, *__):
+        given.update(real=real, initial=initial, labels=own, build_network=build_network, names=names)
         return initial, torch.zeros(1, 10)
 
     monkeypatch.setattr(distil_baseline, f"distil_{kind}", loop)
     description = read_json(road.files["description"])
     store = open_images(road.job("distil_baseline", {}, {}), description, "train")
     settings = {"outer_loops": 1, "inner_steps": 1} if kind == "dc" else {}
-    made = distil_baseline.distil(kind, settings, description, store, 2, {}, (0, "digits"), CPU, None)
+    network = {"architecture": "convnet", "classes": 10, "resolution": 8, "width": 4, "depth": 2}
+    made = distil_baseline.distil(kind, settings, description, store, 2, network, (0, "digits"), CPU, None)
     images = normalise(training_images(road), *normalisation(description))
-    found = [rows_of(image, images)[0] for image in given["real"](3, 5, torch.Generator().manual_seed(0))]
-    assert set(labels[found]) == {3} and len(set(found)) == 5
+    drawn = [given["real"](3, 5, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    found = [rows_of(image, images)[0] for image in drawn[0]]
+    assert set(labels[found]) == {3} and len(set(found)) == 5 and not torch.equal(*drawn)
+    assert given["names"] == (0, "digits", kind)
+    first, other, again = (given["build_network"](seed).classifier.weight for seed in (0, 1, 0))
+    assert torch.equal(first, again) and not torch.equal(first, other)
     assert made["labels"].tolist() == given["labels"].tolist() == np.repeat(np.arange(10), 2).tolist()
     if kind == "dm":  # starts from real images
         starts = [rows_of(image, images)[0] for image in given["initial"]]
@@ -210,7 +252,7 @@ def test_recovery_is_given_batches_start_precision_and_progress(road, labels, tm
     monkeypatch.setattr(road, "files", {name: road.files[name] for name in needed})
     settings = {
         **{"feature_term": "cross_entropy", "bn_term": "running", "loss_form": "released", "lambda_bn": 1},
-        **{"iterations": 1, "learning_rate": 0.1, "crop_scale_min": 1, "roll": 0, "flip": False, "seed": 0},
+        **{"iterations": 1, "learning_rate": 0.1, "crop_scale_min": 1, "roll": 0, "flip": False, "seed": 6},
         **{"start": "real", "precision": "bfloat16"},
         "sharding": {"classes": 10, "batch_size": 20, "batch_layout": "one_per_class"},
     }
@@ -218,12 +260,26 @@ def test_recovery_is_given_batches_start_precision_and_progress(road, labels, tm
     road.make(recover_images, settings, output, method="sre2l", ipc=str(IPC), shard="3")
     assert given["shard"].index.tolist() == [6, 7] * 10  # two batches of one image a class
     assert given["shard"].batch.tolist() == [0, 1] * 10
+    assert given["seed_names"] == (6, "digits")
     assert isinstance(given["precision"], torch.autocast) and isinstance(given["progress"], Progress)
     images = normalise(training_images(road), *normalisation(read_json(road.files["description"])))
     found = [rows_of(image, images)[0] for image in given["initial"]]
     assert labels[found].tolist() == np.repeat(np.arange(10), 2).tolist() and len(set(found)) == 20
     stored = read_tensors(output["shard"])[0]["images"]
     assert torch.equal(stored, torch.from_numpy(training_images(road).numpy()[found]))
+
+
+def record_seeds(monkeypatch, module, seeds: list[int]) -> list[dict]:
+    """Note the seed and the description of each network that a script builds."""
+    networks, build = [], module.build_model
+
+    def build_model(*, seed, **network):
+        seeds.append(seed)
+        networks.append(network)
+        return build(seed=seed, **network)
+
+    monkeypatch.setattr(module, "build_model", build_model)
+    return networks
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -233,24 +289,41 @@ def test_training_on_real_images_is_given_flips_crops_precision_and_progress(
 ):
     given = {}
 
-    def fit(*_, **named):
-        given.update(named)
+    def fit(model, schedule, *_, **named):
+        given.update(named, schedule=schedule)
         return Curve([0.5], [None])
 
+    def real_batches(images, labels, size, mean, std, names, **named):
+        given.update(named, size=size, names=names)
+
     monkeypatch.setattr(module, "fit", fit)
-    monkeypatch.setattr(real_images, "real_batches", lambda *_, **named: given.update(named))
-    network = {"architecture": "convnet", "width": 4, "depth": 2}
-    recipe = {"epochs": 1, "optimizer": "sgd", "learning_rate": 0.1, "batch_size": 50, "crop_scale_min": 0.25}
-    common = {"flip": flip, "seed": 0, "precision": "bfloat16"}
+    monkeypatch.setattr(real_images, "real_batches", real_batches)
+    build_model = record_seeds(monkeypatch, module, seeds := [])
+    network = {"architecture": "convnet", "width": 4, "depth": 2, "norm": "instance"}
+    recipe = {
+        "epochs": 1,
+        "optimizer": "adam",
+        "learning_rate": 0.1,
+        "batch_size": 50,
+        "crop_scale_min": 0.25,
+    }
+    recipe |= {"momentum": 0.5, "weight_decay": 0.25, "smoothing": 2}
+    common = {"flip": flip, "seed": 2, "precision": "bfloat16"}
     if module is pretrain_teacher:
         settings, place = {**network, **recipe, **common}, {"teacher": "t"}
         output = {n.split(".")[0]: str(tmp_path / n) for n in OUTPUT[module]}
     else:
         settings = {"recipe": recipe, "student": network, **common}
-        place = {"method": "all_real", "student": "s", "seed": "0"}
+        place = {"method": "all_real", "student": "s", "seed": "1"}
         output = {"evaluation": str(tmp_path / "evaluation.json")}
     road.make(module, settings, output, **place)
-    assert (given["flip"], given["crop_scale_min"]) == (flip, 0.25)
+    assert (given["flip"], given["crop_scale_min"], given["size"]) == (flip, 0.25, 50)
+    assert given["schedule"] == Schedule(1, "adam", 0.1, 0.5, 0.25, smoothing=2)
+    part = ("teacher", "t") if module is pretrain_teacher else ("all real", "1")
+    assert given["names"] == (2, "digits", *part) and seeds == [derive_seed(2, "digits", *part)]
+    assert build_model == [{"classes": 10, "resolution": 8, **network}]
+    tested = read_json(output["metrics" if module is pretrain_teacher else "evaluation"])
+    assert tested["count"] == read_json(road.files["description"])["test"]["count"]
     assert isinstance(given["precision"], torch.autocast) and isinstance(given["progress"], Progress)
     if module is pretrain_teacher:
         top1 = read_json(output["metrics"])["top1"]
@@ -309,7 +382,7 @@ def test_shards_that_lack_an_image_or_hold_one_twice_are_refused(road, gathered,
 def test_students_differ_by_seed_weigh_images_and_are_tested_on_the_test_set(
     road, gathered, tmp_path, monkeypatch
 ):
-    views = {"seed": 0, "crop_scale_min": 0.5, "flip": False, "cutmix": True}
+    views = {"seed": 4, "crop_scale_min": 0.5, "flip": False, "cutmix": True}
     recipe = {
         **{"labels": "online", "temperature": 7, "epochs": 1, "batch_size": 50},
         **{"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.5},
@@ -320,6 +393,21 @@ def test_students_differ_by_seed_weigh_images_and_are_tested_on_the_test_set(
     seen = []
     fit = evaluate_student.fit
     monkeypatch.setattr(evaluate_student, "fit", lambda *a, **k: (seen.append((*a, k)), fit(*a, **k))[1])
+    record_seeds(monkeypatch, evaluate_student, seeds := [])
+    contexts, batches = [], evaluate_student.soft_label_batches
+
+    def soft_label_batches(*given, **named):
+        contexts.append(named["precision"])
+        return batches(*given, **named)
+
+    monkeypatch.setattr(evaluate_student, "soft_label_batches", soft_label_batches)
+    accuracy = evaluate_student.accuracy
+
+    def tested(*given, **named):
+        contexts.append(named["precision"])
+        return accuracy(*given, **named)
+
+    monkeypatch.setattr(evaluate_student, "accuracy", tested)
 
     def evaluate(seed, **more):
         output = {"evaluation": str(tmp_path / "evaluation.json")}
@@ -330,6 +418,8 @@ def test_students_differ_by_seed_weigh_images_and_are_tested_on_the_test_set(
     first, second, alike = evaluate("0"), evaluate("1"), evaluate("0", weighted=False)
     assert first["count"] == read_json(road.files["description"])["test"]["count"]
     assert len({e["train_loss"] for e in (first, second, alike)}) == 3
+    assert seeds == [derive_seed(4, "digits", "student", seed) for seed in "010"]
+    assert [len(batch[0]) for batch in seen[0][2](0)] == [50, 50, 20]
     logits = torch.randn(2, 5, 10)
     assert seen[0][3](*logits, torch.ones(5)) == soft_label_loss(7)(*logits, torch.ones(5))
     weights = torch.cat([batch[-1] for batch in seen[0][2](0)])
@@ -338,9 +428,36 @@ def test_students_differ_by_seed_weigh_images_and_are_tested_on_the_test_set(
     settings["precision"] = "bfloat16"
     evaluate("0")
     assert [isinstance(call[-1]["precision"], torch.autocast) for call in seen] == [False] * 3 + [True]
+    # Online labels and the test compute as training does.
+    assert [isinstance(context, torch.autocast) for context in contexts] == [False] * 6 + [True] * 2
     assert all(isinstance(call[-1]["progress"], Progress) for call in seen)
     del road.files["teacher"]
     assert evaluate("0", labels="hard")["labels"] == "hard"
+
+
+def test_labelling_is_given_mode_batch_precision_and_progress(road, gathered, tmp_path, monkeypatch):
+    given = []
+
+    def label_views(teacher, images, views, mean, std, labels, **named):
+        labels[:] = 0
+        given.append({**named, "views": views, "shape": labels.shape})
+
+    monkeypatch.setattr(relabel_images, "label_views", label_views)
+    monkeypatch.setattr(road, "files", {**road.files, "images": gathered["images"]})
+    output = {n.split(".")[0]: str(tmp_path / n) for n in OUTPUT[relabel_images]}
+    views = {"seed": 4, "crop_scale_min": 0.5, "flip": False, "cutmix": True}
+    settings = {
+        "views": views,
+        "epochs": 3,
+        "teacher_mode": "batch",
+        "batch_size": 7,
+        "precision": "bfloat16",
+    }
+    road.make(relabel_images, settings, output, method="wmdd", ipc=str(IPC), recipe="r")
+    (one,) = given
+    assert (one["teacher_mode"], one["batch_size"], one["shape"]) == ("batch", 7, (3, 10 * IPC, 10))
+    assert one["views"] == relabeling.ViewSettings(**views)
+    assert isinstance(one["precision"], torch.autocast) and isinstance(one["progress"], Progress)
 
 
 def test_labels_of_other_views_than_are_drawn_here_are_refused(road, gathered, tmp_path, monkeypatch):

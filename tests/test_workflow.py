@@ -12,8 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, planned, run_snakemake
 
+from wmdd_core.artifacts import read_tensors
 from workflow_scripts.status import count_jobs
 
 pytestmark = pytest.mark.workflow
@@ -41,11 +43,8 @@ def test_nothing_is_left_to_do_afterwards(smoke):
 
 def test_exported_set_describes_itself_and_its_pngs_equal_its_tensors(smoke):
     import numpy as np
-    import torch
     from PIL import Image
     from torchvision.datasets import ImageFolder
-
-    from wmdd_core.artifacts import read_tensors
 
     folder = smoke / "results/smoke/digits/distilled/wmdd/ipc2"
     tensors, header = read_tensors(folder / "images.safetensors")
@@ -135,6 +134,9 @@ def test_further_sets_have_seeds_of_their_own_and_leave_the_first_as_it_is(smoke
             first, second = (results / "digits" / file.format(number) for number in ("", "@1"))
             assert first.read_bytes() == (smoke / first.relative_to(directory)).read_bytes()
             assert first.read_bytes() != second.read_bytes()
+        sets = (results / "digits" / files[0].format(number) for number in ("", "@1"))
+        first, second = (read_tensors(file)[0]["images"] for file in sets)  # their headers always differ
+        assert not torch.equal(first, second)
     rows = list(csv.DictReader((results / "report/tables/main.csv").open(encoding="utf-8")))
     found = {(r["method"], r["n_sets"], r["n_seeds"]) for r in rows}
     assert found == {("all_real", "1", "2"), ("random", "2", "4"), ("wmdd", "2", "4")}
