@@ -161,6 +161,51 @@ def test_precision_is_a_setting_of_the_rules_that_run_networks(tmp_path):
     assert {"extract_features", "distil_baseline", "compute_barycenter"} < {rule for _, rule in commands}
 
 
+def settings_handed_over(tmp_path, overlay: dict, *targets: str) -> list[tuple[str, dict]]:
+    """(rule, settings) of the jobs of a dry run with `overlay` laid over the smoke preset."""
+    (tmp_path / "overlay.yaml").write_text(json.dumps(overlay), encoding="utf-8")
+    files = ("--configfile", f"{ROOT}/presets/smoke.yaml", str(tmp_path / "overlay.yaml"))
+    done = run_snakemake(tmp_path, "--dry-run", "--printshellcmds", *files, "--", *targets, preset="")
+    line = r"printf '%s\\n' '.*' '(\{.*\})' \|.* python -m workflow_scripts\.(\w+) "
+    found = re.findall(line, done.stdout + done.stderr)
+    assert found, done.stdout + done.stderr
+    return [(rule, json.loads(settings.replace("'\"'\"'", "'"))) for settings, rule in found]
+
+
+def test_a_digit_is_mirrored_nowhere_and_images_have_their_weights(tmp_path):
+    found = settings_handed_over(tmp_path, {}, "all_paper")
+    flips = [(rule, s.get("views", s)["flip"]) for rule, s in found if "flip" in s.get("views", s)]
+    flipping = {"pretrain_teacher", "recover_images", "relabel_images", "evaluate_student"}
+    assert {rule for rule, _ in flips} >= flipping | {"evaluate_all_real", "embed_tsne", "measure_distances"}
+    assert not any(flip for _, flip in flips)
+    timed = [m for rule, s in found if rule == "measure_efficiency" for m in s["methods"].values()]
+    baselines = [s for rule, s in found if rule == "distil_baseline"]
+    baselines += [m for m in timed if "augmentation" in m]
+    assert len(baselines) > 2 and not any("flip" in s["augmentation"] for s in baselines)
+    assert not any(m.get("flip") for m in timed)
+    students = [s["recipe"] for rule, s in found if rule == "evaluate_student"]
+    assert students and all(recipe["weighted"] for recipe in students)
+
+
+def test_a_recipe_reaches_labels_students_and_tables(tmp_path):
+    overlay = {
+        "datasets": {"part": {"like": "digits", "validation_fraction": 0.2}},
+        "recipes": {"batch": {"like": "wmdd", "teacher_mode": "batch", "batch_size": 7, "cutmix": False}},
+        "tables": {"main": {"datasets": ["part"], "recipes": ["batch"], "seeds": 3}},
+        "figures": {"cost": {"datasets": ["part"], "recipes": ["hard", "batch"]}},
+    }
+    found = settings_handed_over(tmp_path, overlay, "main", "cost")
+    (labels, *_) = [s for rule, s in found if rule == "relabel_images"]
+    assert (labels["teacher_mode"], labels["batch_size"], labels["views"]["cutmix"]) == ("batch", 7, False)
+    assert {s["views"]["crop_scale_min"] for rule, s in found if rule == "relabel_images"} == {0.5}
+    (table,) = [s for rule, s in found if rule == "tabulate_accuracy"]
+    assert table["labels"]["held_out"] == ["part"] and {c["seeds"] for c in table["cells"]} == {3}
+    (cost,) = [s for rule, s in found if rule == "tabulate_cost"]
+    paths = [path for cell in cost["cells"] for path, _ in cell["benchmarks"].values()]
+    assert any("/relabel_images/part/batch/" in p for p in paths)
+    assert cost["labels"]["held_out"] == ["part"] and not any("/hard/" in p for p in paths)
+
+
 def test_what_people_read_is_no_reason_to_measure_again(tmp_path):
     """Neither is the order of methods, nor how far times are projected."""
 

@@ -475,15 +475,19 @@ def test_a_methods_own_teacher_recovers_and_the_datasets_labels(smoke, tmp_path)
         "teachers: {other: {like: convnet}}\nmethods: {wmdd: {teacher: other}}", encoding="utf-8"
     )
     files = ["--configfile", str(ROOT / "presets/smoke.yaml"), str(tmp_path / "own.yaml")]
-    target = "results/smoke/digits/labels/wmdd/wmdd/ipc1/labels.npy"
-    done = run_snakemake(smoke, "--dry-run", "--printshellcmds", target, *files, preset="")
+    targets = [
+        "results/smoke/digits/labels/wmdd/wmdd/ipc1/labels.npy",
+        "results/smoke/digits/evaluation/online/wmdd/ipc1/convnet/seed0.json",
+    ]
+    done = run_snakemake(smoke, "--dry-run", "--printshellcmds", *targets, *files, preset="")
     line = r"printf .*?teachers/(\w+)/.* python -m workflow_scripts\.(\w+) "
     found = {rule: teacher for teacher, rule in re.findall(line, done.stdout + done.stderr)}
-    assert {"recover_images": "other", "relabel_images": "convnet"}.items() <= found.items()
+    wanted = {"recover_images": "other", "relabel_images": "convnet", "evaluate_student": "convnet"}
+    assert wanted.items() <= found.items()
 
 
 EVERY_KIND = """
-classes_per_job: 5
+classes_per_job: 4
 student_seeds: 1
 datasets: {digits: {store_train: false}}
 methods:
