@@ -28,6 +28,10 @@ _finished = PersistenceBase.finished
 _run_job_pre = RemoteExecutor.run_job_pre
 
 
+TOLD, TOLD_LENGTH = 8, 40
+"""Most differences that a reason names, and the longest value that it shows."""
+
+
 def look_again_once(scheduler: JobScheduler, delay: float) -> None:
     """Wake the scheduler after `delay` seconds, unless a timer that will is already set.
 
@@ -141,10 +145,6 @@ def tell_change(change: ParamsChange) -> str:
     if len(told) > TOLD:
         told[TOLD:] = [f"{len(told) - TOLD} more"]
     return ", ".join(told) or "its code, or the settings or the code of a step before it"
-
-
-TOLD, TOLD_LENGTH = 8, 40
-"""Most differences that a reason names, and the longest value that it shows."""
 
 
 def _settings_among(values: Iterable[str]) -> dict[str, object]:
