@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from wmdd_core.augmentation import (
     Views,
     apply_views,
     batch_viewer,
+    draw_crop,
     draw_views,
     mix_views,
     normalise,
@@ -57,6 +59,57 @@ def test_crops_are_distributed_as_torchvisions():
     tolerance = 4 * theirs.std(0) / 4000**0.5
     assert ((ours.mean(0) - theirs.mean(0)).abs() < tolerance).all()
     assert ((ours.std(0) - theirs.std(0)).abs() < tolerance).all()
+
+
+def test_crops_lie_everywhere_in_the_image():
+    """Each place that a crop of a side can have is taken as often as the others."""
+    generator = torch_generator("places")
+    squares = draw_views(20000, 8, generator, crop_scale_min=0.3).box
+    others = torch.tensor([draw_crop(9, 13, 0.3, generator) for _ in range(8000)])
+    for boxes, sides in ((squares, (8, 8)), (others, (9, 13))):
+        for axis, side in enumerate(sides):
+            length = side - 1
+            places = boxes[boxes[:, 2 + axis] == length, axis]
+            assert len(places) > 100
+            assert abs(places.double().mean() - 0.5) < 4 * 0.5 / len(places) ** 0.5  # 0 or 1
+
+
+def test_after_ten_attempts_a_crop_is_the_whole_image():
+    """Of nearly the whole area only crops that are nearly square fit."""
+    count, side, least = 20000, 100, 0.98
+    generator = np.random.default_rng(0)
+    area = side**2 * generator.uniform(least, 1, (count, 10))
+    ratio = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3), (count, 10)))
+    fits = (np.rint(np.sqrt(area * ratio)) <= side) & (np.rint(np.sqrt(area / ratio)) <= side)
+    found = fits.argmax(1)
+    rows = np.arange(count)
+    width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    drawn = np.where(fits.any(1), width[rows, found] * height[rows, found], side**2)
+    wanted = (drawn == side**2).mean(), drawn.mean() / side**2
+    boxes = draw_views(count, side, torch_generator("attempts"), crop_scale_min=least).box
+    single = torch.tensor([draw_crop(side, side, least, torch_generator("one", i)) for i in range(2000)])
+    for own, tolerance in ((boxes, 0.02), (single, 0.05)):
+        share = own[:, 2:].prod(1).double() / side**2
+        assert float((share == 1).double().mean()) == pytest.approx(wanted[0], abs=tolerance)
+        assert float(share.mean()) == pytest.approx(wanted[1], abs=5e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 10), (10, 100), (30, 31)])
+def test_a_crop_of_the_whole_area_is_torchvisions(height, width):
+    from torchvision.transforms import RandomResizedCrop
+
+    image = torch.zeros(3, height, width)
+    theirs = RandomResizedCrop.get_params(image, [1.0, 1.0], [3 / 4, 4 / 3])
+    if (height, width) == (30, 31):
+        theirs = (0, 0, height, width)  # torchvision may draw a crop of the same area that just fits
+    assert draw_crop(height, width, 1.0, torch_generator(0)) == tuple(theirs)
+
+
+def test_a_pasted_patch_that_the_border_does_not_cut_has_even_sides():
+    """Half of its side, rounded down, on both sides of its centre, as torchvision's."""
+    patch = draw_views(2000, 33, torch_generator("patches"), cutmix=True).patch
+    inside = (patch[:, :2] > 0).all(1) & (patch[:, :2] + patch[:, 2:] < 33).all(1)
+    assert inside.sum() > 200 and (patch[inside][:, 2:] % 2 == 0).all()
 
 
 def test_no_augmentation_is_the_identity():

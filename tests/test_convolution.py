@@ -143,7 +143,7 @@ def test_it_is_used_where_it_pays(channels, shape, chosen, filtered):
 def test_other_precisions_go_the_direct_way(filtered):
     layer = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1))
     use_fast_convolutions(layer)
-    x = drawn(2, 128, 32, 32)
+    x = drawn(8, 128, 32, 32)
     layer.double()(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.float()(x.float()).dtype == torch.bfloat16
@@ -228,15 +228,21 @@ def test_gradients_of_images_are_used_where_only_images_want_one(monkeypatch):
     monkeypatch.setattr(ImageConvolution, "apply", lambda x, *a: used.append(tuple(x.shape)) or real(x, *a))
 
     def run(
-        count: int = 9, channels: int = 3, side: int = 64, frozen: bool = True, wanted: bool = True
+        count: int = 9,
+        channels: int = 3,
+        side: int = 64,
+        frozen: bool = True,
+        wanted: bool = True,
+        bias: bool = True,
     ) -> bool:
         used.clear()
-        layer = nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1)).requires_grad_(not frozen)
+        layer = nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1, bias=bias)).requires_grad_(not frozen)
         use_fast_convolutions(layer)
         layer(torch.zeros(count, channels, side, side, requires_grad=wanted))
         return used == [(count, channels, side, side)]
 
-    assert run() and run(channels=1)
+    assert run() and run(channels=1) and run(bias=False)
+    assert not run(frozen=False, bias=False)
     assert not (run(count=8) or run(channels=5) or run(side=65) or run(frozen=False) or run(wanted=False))
     with torch.no_grad():
         assert not run()

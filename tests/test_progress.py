@@ -94,6 +94,17 @@ def test_an_array_reaches_a_folder_on_another_disk(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["labels.npy"]
 
 
+@pytest.mark.parametrize(("dtype", "shape"), [(np.float16, (4, 3)), (np.float32, (2, 3))])
+def test_an_array_of_another_shape_or_kind_is_made_anew(tmp_path, dtype, shape):
+    first = Progress("labels", tmp_path / "state.pt", "stamp", save_every=0)
+    first.array(np.float32, (4, 3))[:] = 7
+    first.step(0, 4, lambda: {"index": 0}, dict)
+    again = Progress("labels", tmp_path / "state.pt", "another")
+    array = again.array(dtype, shape)
+    assert (array.dtype, array.shape) == (dtype, shape) and not array.any()
+    assert again.resume() is None
+
+
 @pytest.mark.parametrize("left", [0, 60])
 def test_a_damaged_array_is_told_and_made_anew(tmp_path, capsys, left):
     path = tmp_path / "state.pt"

@@ -41,6 +41,21 @@ def test_smoothing_stretches_the_cosine():
     assert Schedule(8, "sgd", 0.2).learning_rate_at(3) == schedule.learning_rate_at(3)
 
 
+def test_a_network_computes_as_asked_and_its_loss_in_float32():
+    model, seen = build_model("convnet", 3, 8, seed=0, width=4, depth=1), []
+    model.trunk[0].register_forward_hook(lambda *given: seen.append(given[-1].dtype))
+    inputs, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+
+    def loss(logits, labels):
+        seen.append(logits.dtype)
+        return hard_label_loss(logits, labels)
+
+    half = torch.autocast("cpu", torch.bfloat16)
+    for context in (half, None):
+        fit(model, Schedule(1, "sgd", 0.1), lambda _: [(inputs, labels)], loss, precision=context)
+    assert seen == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
+
+
 def test_only_matrices_decay_when_asked():
     model = build_model("convnet", 3, 8, seed=0, width=4, depth=1)
     model.trunk[0].weight.requires_grad_(False)
