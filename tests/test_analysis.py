@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy.spatial.distance import pdist
+from scipy.stats import wasserstein_distance
 from sklearn.cluster import KMeans
 from torch import nn
 
 from benchmarks.startup import imported_by
-from wmdd_core.artifacts import make_header, read_json, write_json, write_tensors
+from wmdd_core.artifacts import make_header, read_json, read_tensors, write_json, write_tensors
+from wmdd_core.barycenter import wasserstein_barycenter
 from wmdd_core.errors import UserError
 from wmdd_core.metrics import (
     coverage,
@@ -28,11 +33,13 @@ from wmdd_core.metrics import (
 )
 from wmdd_core.models import Classifier, build_model
 from wmdd_core.relabeling import ViewSettings
+from wmdd_core.seeding import numpy_generator
 from workflow_scripts import embed_tsne, measure_distances, plot_distances, plot_tsne, trace_barycenters
 from workflow_scripts.distilled_sets import DistilledSet, embed_images
 from workflow_scripts.drawing import arranged, new_figure
 from workflow_scripts.job import Job
 from workflow_scripts.measure_distances import both_sides, distances, with_means
+from workflow_scripts.real_images import load_teacher
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
@@ -146,6 +153,32 @@ def test_bound_is_met_with_equality_by_a_loss_on_its_steepest_line():
     assert found["bound_estimate"] == pytest.approx(30)
 
 
+def test_both_sides_by_hand_with_a_bias_and_unequal_weights():
+    """On a line, where SciPy knows W₁, and L is the largest |W_k − W_c|."""
+    weight, bias = np.array([[0.5], [-1.0], [2.0]]), np.array([0.3, -2.0, 1.5])
+    x, y, weights = np.array([0.0, 1.0, 2.5]), np.array([-1.0, 3.0]), np.array([0.2, 0.8])
+
+    def loss(f: float) -> float:
+        logits = weight[:, 0] * f + bias
+        return math.log(np.exp(logits).sum()) - logits[1]
+
+    points = [*x, *y]
+    slopes = [abs(loss(a) - loss(b)) / abs(a - b) for a, b in itertools.combinations(points, 2)]
+    by_hand = {
+        "w1": wasserstein_distance(x, y, None, weights),
+        "difference": abs(np.mean([*map(loss, x)]) - 0.2 * loss(-1) - 0.8 * loss(3)),
+        "lipschitz_estimate": max(slopes),
+        "lipschitz": 3,
+    }
+    by_hand |= {
+        "bound_estimate": max(slopes) * by_hand["w1"],
+        "bound": 3 * by_hand["w1"],
+    }
+    x, y = (torch.from_numpy(points)[:, None] for points in (x, y))
+    found = both_sides(linear_network(weight, bias), x, y, torch.from_numpy(weights), 1)
+    assert found == pytest.approx(by_hand, rel=1e-9)
+
+
 def test_bound_holds_and_mean_matching_is_below_w1():
     generator = torch.Generator().manual_seed(1)
     for trial in range(5):
@@ -173,6 +206,12 @@ def test_means_follow_the_classes_of_each_method_and_size():
 # ---- a small world of files --------------------------------------------------------------------
 
 CLASSES, RESOLUTION, PER_CLASS, IPC = 3, 8, 12, 3
+SIZES = {"sre2l": [4, 3, 2], "wmdd": [IPC] * CLASSES}
+WEIGHTS = {
+    "sre2l": [0.4, 0.3, 0.2, 0.1, 0.5, 0.3, 0.2, 0.6, 0.4],
+    "wmdd": [0.5, 0.3, 0.2, 0.1, 0.15, 0.75, 0.2, 0.6, 0.2],
+}
+MEAN, STD = [0.4, 0.5, 0.7], [0.2, 0.25, 0.35]
 VIEWS = {"seed": 0, "crop_scale_min": 0.5, "flip": False, "cutmix": True}
 RECIPE = {
     "labels": "soft",
@@ -185,6 +224,7 @@ RECIPE = {
     "weighted": True,
 }
 STUDENT = {"architecture": "convnet", "width": 4, "depth": 2}
+NETWORK = {**STUDENT, "classes": CLASSES, "resolution": RESOLUTION}
 SCHEDULE = {
     "epochs": 2,
     "optimizer": "sgd",
@@ -194,6 +234,13 @@ SCHEDULE = {
     "batch_size": 8,
     "crop_scale_min": 0.5,
 }
+
+
+@torch.no_grad()
+def features_by_hand(network: Classifier, images: np.ndarray) -> torch.Tensor:
+    """Of whole images uint8 (N, 3, R, R), normalised without the library."""
+    mean, std = (np.reshape(values, (3, 1, 1)) for values in (MEAN, STD))
+    return network.features(torch.from_numpy((images / 255 - mean) / std).float()).double()
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +253,8 @@ def world(tmp_path_factory) -> dict:
     description = {
         "classes": ["one", "two", "three"],
         "resolution": RESOLUTION,
-        "mean": [0.5] * 3,
-        "std": [0.25] * 3,
+        "mean": MEAN,
+        "std": STD,
         **{split: {"count": sum(per_class), "per_class": per_class} for split in ("train", "test")},
     }
     write_json(root / "description.json", description, data)
@@ -216,19 +263,11 @@ def world(tmp_path_factory) -> dict:
     for split in ("train", "test"):
         np.save(root / f"{split}.npy", images.astype(np.uint8))
 
-    network = {
-        "architecture": "convnet",
-        "width": 4,
-        "depth": 2,
-        "classes": CLASSES,
-        "resolution": RESOLUTION,
-    }
-    teacher = build_model(**network, seed=1).eval()
+    teacher = build_model(**NETWORK, seed=1).eval()
     place = {"dataset": "toy", "teacher": "small"}
-    made = make_header("pretrain_teacher", place, {}, "", [data], network=network)
+    made = make_header("pretrain_teacher", place, {}, "", [data], network=NETWORK)
     write_tensors(root / "teacher.safetensors", teacher.state_dict(), made)
-    features = embed_images(teacher, torch.from_numpy(images.astype(np.uint8)), description, CPU)
-    np.save(root / "features.npy", features.float().numpy())
+    np.save(root / "features.npy", features_by_hand(teacher, images).float().numpy())
     extracted = make_header("extract_features", place, {}, "", [made])
     write_json(root / "index.json", {"offsets": [0, 12, 24, 36]}, extracted)
 
@@ -236,15 +275,15 @@ def world(tmp_path_factory) -> dict:
     for method in ("sre2l", "wmdd"):
         place = {"dataset": "toy", "method": method, "ipc": str(IPC)}
         header = make_header("gather_images", place, {}, "", [data, extracted])
-        own = np.repeat(np.arange(CLASSES), IPC)
-        if method == "sre2l":  # one image three times: collapsed
-            chosen = np.repeat(np.arange(CLASSES) * PER_CLASS, IPC)
+        own = np.repeat(np.arange(CLASSES), SIZES[method])
+        if method == "sre2l":  # one image several times: collapsed
+            chosen = own * PER_CLASS
         else:
             chosen = (np.arange(CLASSES)[:, None] * PER_CLASS + np.arange(IPC)).ravel()
         tensors = {
             "images": torch.from_numpy(images[chosen].astype(np.uint8)),
             "labels": torch.from_numpy(own),
-            "weights": torch.tensor([0.5, 0.3, 0.2] * CLASSES),
+            "weights": torch.tensor(WEIGHTS[method]),
         }
         write_tensors(root / f"{method}.safetensors", tensors, header)
         relabelled = make_header("relabel_images", {**place, "recipe": "soft"}, {}, "", [header])
@@ -306,6 +345,16 @@ def test_distances_of_both_sets_from_files(world, tmp_path):
     by_hand = np.linalg.norm(features - features[0], axis=1).mean()
     assert table.loc[("sre2l", "0"), "w1"] == pytest.approx(by_hand, rel=1e-3)
     assert (table.xs("sre2l").w2 > table.xs("wmdd").w2).all()
+    # The other set's images are the first of each class, each with a weight of its own.
+    features = torch.from_numpy(np.load(job.input["features"])).double()
+    teacher, _ = load_teacher(job.input["teacher"], CPU)
+    for c in range(CLASSES):
+        x = features[c * PER_CLASS : (c + 1) * PER_CLASS]
+        weights = torch.tensor(WEIGHTS["wmdd"][c * IPC : (c + 1) * IPC]).double()
+        sides = both_sides(teacher, x, x[:IPC], weights, c)
+        by_hand = {"w1": sides.pop("w1"), **distances(x, x[:IPC], weights)}
+        by_hand |= {f"teacher_{key}": sides[key] for key in ("difference", "lipschitz", "bound")}
+        assert table.loc[("wmdd", str(c)), list(by_hand)].to_dict() == pytest.approx(by_hand, rel=1e-3)
     assert not Path(job.output["png"]).exists()
     first = drawn(job, plot_distances.main)
     assert first["png"].startswith(b"\x89PNG") and first == drawn(job, plot_distances.main)
@@ -326,16 +375,16 @@ def points_of(axes) -> dict[tuple[str, int], float]:
 def test_the_figure_draws_distances_relative_to_the_first_method_and_both_sides_of_the_bound():
     table = pd.DataFrame(
         {
-            "method": ["sre2l", "wmdd", "wmdd"],
-            "ipc": [1, 1, 1],
-            "class": ["mean", "0", "mean"],
-            "w1": [2.0, 99.0, 1.0],
-            "w2": [4.0, 99.0, 1.0],
-            "mmd_linear": [8.0, 99.0, 16.0],
-            "mmd_rbf": [1.0, 99.0, 0.125],
-            "teacher_difference": [0.5, 99.0, 0.25],
-            "teacher_bound_estimate": [3.0, 99.0, 2.0],
-            "teacher_bound": [16.0, 99.0, 8.0],
+            "method": ["sre2l", "sre2l", "wmdd", "wmdd"],
+            "ipc": [1, 1, 1, 1],
+            "class": ["0", "mean", "0", "mean"],
+            "w1": [77.0, 2.0, 99.0, 1.0],
+            "w2": [77.0, 4.0, 99.0, 1.0],
+            "mmd_linear": [77.0, 8.0, 99.0, 16.0],
+            "mmd_rbf": [77.0, 1.0, 99.0, 0.125],
+            "teacher_difference": [77.0, 0.5, 99.0, 0.25],
+            "teacher_bound_estimate": [77.0, 3.0, 99.0, 2.0],
+            "teacher_bound": [77.0, 16.0, 99.0, 8.0],
         }
     )
     relative, bound = map(points_of, plot_distances.draw(table, {}).axes)
@@ -364,6 +413,48 @@ def test_artefacts_of_another_configuration_are_refused_by_name(world, tmp_path,
         measure_distances.main(job)
 
 
+def tampered(job: Job, folder: Path, file: str, part: str, changes: dict) -> Job:
+    """The job with a copy of `file` in which `part` of the header, or the views, are changed."""
+    copy, original = str(folder / file), str(Path(job.input["description"]).parent / file)
+    if file.endswith("json"):
+        content = read_json(original)
+        header = content.pop("header")
+        {**content, **header}[part].update(changes)
+        write_json(copy, content, header)
+    else:
+        tensors, header = read_tensors(original)
+        header[part].update(changes)
+        write_tensors(copy, tensors, header)
+    files = json.loads(json.dumps(job.input).replace(json.dumps(original), json.dumps(copy)))
+    return replace(job, input=files)
+
+
+CHECKED = ("teacher.safetensors", "index.json", "wmdd.safetensors", "sre2l.safetensors")
+LABELLED = ("wmdd.json", "sre2l.json")
+PARTS = {  # part → files, what is changed, what is said of it
+    "dataset": (CHECKED, "wildcards", {"dataset": "9"}, "was made for dataset '9'"),
+    "version": (CHECKED, "lineage", {"describe_dataset": "9"}, "and .* different versions of the dataset"),
+    "settings": (CHECKED + LABELLED, "lineage", {"a_step": "9"}, "was made by other settings .* of a_step"),
+    "method": (LABELLED, "wildcards", {"method": "9"}, "was made for method '9'"),
+    "ipc": (LABELLED, "wildcards", {"ipc": "9"}, "was made for ipc '9'"),
+    "views": (LABELLED, "views", {"box": [[9, 9, 9, 9]]}, ": these labels are of other views"),
+}
+
+
+@pytest.mark.parametrize(("name", "file"), [(n, file) for n, (files, *_) in PARTS.items() for file in files])
+def test_each_file_of_another_place_version_or_setting_is_refused_by_name(world, tmp_path, name, file):
+    _, part, changes, told = PARTS[name]
+    job = tampered(distances_job(world, tmp_path), tmp_path, file, part, changes)
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / file))} ?{told}"):
+        measure_distances.main(job)
+
+
+def test_features_are_of_normalised_images(world):
+    images, network = np.load(world["root"] / "train.npy")[::5], build_model(**NETWORK, seed=3).eval()
+    found = embed_images(network, torch.from_numpy(images), world["description"], CPU)
+    assert torch.allclose(found, features_by_hand(network, images), rtol=1e-4, atol=1e-5)
+
+
 # ---- t-SNE -------------------------------------------------------------------------------------
 
 
@@ -383,7 +474,8 @@ def test_maps_are_the_same_for_a_seed_and_count_what_is_there(world, tmp_path):
     assert made[0] == made[1]
     points = pd.read_csv(job.output["points"])
     counts = points.groupby(["method", "kind", "class"]).size()
-    assert set(counts.xs("real", level="kind")) == {8} and set(counts.xs("distilled", level="kind")) == {IPC}
+    assert set(counts.xs("real", level="kind")) == {8}
+    assert {m: counts[m, "distilled"].tolist() for m in SIZES} == SIZES
     assert list(dict.fromkeys(points.method)) == ["sre2l", "wmdd"]
     numbers = pd.read_csv(job.output["csv"]).set_index("method")
     assert numbers.loc["sre2l", "within"] < 1e-6 < 1e-3 < numbers.loc["wmdd", "within"]
@@ -412,8 +504,46 @@ def test_the_network_of_a_map_is_trained_on_every_real_and_every_distilled_image
         return sorted(torch.cat([labels[:, None], pixels.flatten(1).long()], 1).tolist())
 
     views, shown = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    # Neither cropped nor mirrored, a view is the image itself, normalised by 0.5 and 0.25.
-    assert listed(shown, (255 * (0.25 * views + 0.5)).round()) == listed(labels, images)
+    # Neither cropped nor mirrored, a view is the image itself, but normalised.
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    assert listed(shown, (255 * (std * views + mean)).round()) == listed(labels, images)
+
+
+def test_the_networks_of_all_methods_have_one_seed_and_crops_and_flips_as_in_the_settings(
+    world, tmp_path, monkeypatch
+):
+    given = []
+
+    def record(function, *chosen):
+        def call(*arguments, **named):
+            given.append({key: named[key] for key in chosen})
+            return function(*arguments, **named)
+
+        return call
+
+    monkeypatch.setattr(embed_tsne, "real_batches", record(embed_tsne.real_batches, "crop_scale_min", "flip"))
+    monkeypatch.setattr(embed_tsne, "build_model", record(build_model, "seed"))
+    monkeypatch.setattr(embed_tsne, "fit", lambda *_, **__: None)
+    for flip in (False, True):
+        job = tsne_job(world, tmp_path)
+        job.settings["flip"] = flip
+        given.clear()
+        embed_tsne.main(job)
+        assert given[0] == given[2] == {"crop_scale_min": SCHEDULE["crop_scale_min"], "flip": flip}
+        assert given[1] == given[3] and len(given) == 4
+
+
+@pytest.mark.parametrize(("count", "perplexity"), [(10, 3), (40, 13), (91, 30), (200, 30)])
+def test_perplexity_is_thirty_or_less_for_few_points(monkeypatch, count, perplexity):
+    given = []
+
+    def record(**settings):
+        given.append(settings["perplexity"])
+        return SimpleNamespace(fit_transform=lambda points: points)
+
+    monkeypatch.setattr("sklearn.manifold.TSNE", record)
+    embed_tsne.flatten(np.zeros((count, 2)), 0)
+    assert given == [perplexity]
 
 
 def test_tsne_is_deterministic():
@@ -452,6 +582,20 @@ def test_summary_compares_a_class_with_as_many_random_real_ones():
     assert found[0]["coverage"] < found[1]["coverage"] <= 1 and 0 < found[0]["coverage_random"] < 1
     assert found[0]["within_real"] == pytest.approx((pdist(real[:40]).mean() + pdist(real[40:]).mean()) / 2)
     assert found[0]["between"] == pytest.approx(np.linalg.norm(real[0] - real[40]))
+
+
+def test_coverage_by_chance_is_of_the_other_images_and_averaged_over_classes(monkeypatch):
+    """By hand as in `test_coverage_by_hand`, the first image of each class drawn."""
+    monkeypatch.setattr(embed_tsne, "NEIGHBOURS", 1)
+    unshuffled = SimpleNamespace(permutation=lambda rows: rows)
+    monkeypatch.setattr(embed_tsne, "numpy_generator", lambda *_: unshuffled)
+    others = [0.0, 1, 2, 10, 13]
+    real = np.array([11.5, *others, 101, *(100 + np.array(others))])[:, None]
+    labels, distilled = np.repeat([0, 1], 6), np.array([[1.5], [102.5]])
+    embedded = embed_tsne.Embedded("m", real, labels, np.zeros(12, bool), distilled, np.array([0, 1]))
+    found = embed_tsne.summarise(embedded, (0,))
+    assert found["coverage_random"] == pytest.approx((2 / 5 + 3 / 5) / 2)
+    assert found["coverage"] == pytest.approx((2 / 6 + 1 / 6) / 2)
 
 
 def test_an_image_that_a_set_copies_does_not_cover_itself():
@@ -510,6 +654,36 @@ def test_kmeans_bound_on_points_whose_optimum_is_known():
     assert trace_barycenters.kmeans_bound(points, 4, 0) == 0
 
 
+def test_the_bound_is_the_best_of_ten_runs_to_convergence(monkeypatch):
+    given = []
+
+    def record(size, **settings):
+        given.append((size, settings))
+        return KMeans(size, **settings)
+
+    monkeypatch.setattr("sklearn.cluster.KMeans", record)
+    trace_barycenters.kmeans_bound(RNG.normal(size=(9, 2)), 3, 2**32 + 5)
+    assert given == [(3, {"n_init": 10, "tol": 0, "random_state": 5})]
+
+
+def test_every_trace_runs_on_until_an_iteration_gains_nothing(monkeypatch):
+    given = []
+
+    def record(points, size, *, generator, **settings):
+        given.append((generator.integers(2**62), settings))
+        return wasserstein_barycenter(points, size, generator=generator, **settings)
+
+    monkeypatch.setattr(trace_barycenters, "wasserstein_barycenter", record)
+    own = {"weights": "uniform", "restarts": 3, "max_iterations": 2, "tolerance": 0.5}
+    settings, names = {"barycenters": {"b": own}, "iterations": 7}, (1, "toy", "barycenter", 2, 4)
+    trace_barycenters.trace_class(RNG.normal(size=(20, 3)), 4, settings, names)
+    drawn, (first, random) = {draw for draw, _ in given}, [settings for _, settings in given]
+    assert drawn == {numpy_generator(*names).integers(2**62)}
+    until = {"max_iterations": 7, "tolerance": 0}
+    assert first == {"weights": "uniform", "restarts": 3, **until}
+    assert random == {"weights": "uniform", "initialisation": "random_points", "restarts": 1, **until}
+
+
 def trace_lines(points: np.ndarray, size: int, iterations: int = 15) -> pd.DataFrame:
     barycenters = {"learned": {"weights": "learned"}, "uniform": {"weights": "uniform"}}
     settings = {"barycenters": barycenters, "iterations": iterations}
@@ -559,6 +733,14 @@ def test_trace_from_files(world, tmp_path):
     assert set(table["class"]) == {0, 2} and set(table.ipc) == {2, 4}
     assert table[table.barycenter == "learned"].iteration.max() <= 6
     assert (table.seconds >= 0).all() and (table[table.barycenter == "kmeans"].excess_percent == 0).all()
+    features = np.load(job.input["features"]).astype(np.float64)
+    for place, own in table[table.barycenter == "learned"].groupby(["class", "ipc", "start"]):
+        c, size, start = place
+        points, generator = features[12 * c : 12 * c + 12], numpy_generator(0, "toy", "barycenter", c, size)
+        chosen = {"weights": "learned", "initialisation": start, "max_iterations": 6, "tolerance": 0}
+        chosen["restarts"] = 1 if start == "random_points" else 20
+        by_hand = wasserstein_barycenter(points, size, generator=generator, **chosen).history
+        assert own.w2_squared.to_numpy() == pytest.approx(by_hand, rel=1e-6), place
     with pytest.raises(UserError, match="fewer than 99"):
         trace_barycenters.traced_classes({"ipc": [99]}, read_json(job.input["index"])["offsets"])
     job.settings["expected"]["extract_features (small)"] = ["another"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import html.parser
 import io
+import itertools
 import json
 import re
 import statistics
@@ -18,6 +19,7 @@ from PIL import Image
 from wmdd_core.artifacts import make_header, write_json, write_tensors
 from wmdd_core.errors import UserError
 from workflow_scripts import build_page, drawing, plot_accuracy, plot_gallery, plot_sweep, tabulate_accuracy
+from workflow_scripts.checks import check_place
 from workflow_scripts.drawing import (
     COLOURS,
     base_name,
@@ -151,6 +153,16 @@ def test_of_a_lost_set_nothing_is_counted(tmp_path):
     assert float(row["top1_mean"]) == pytest.approx(statistics.mean(means), abs=1e-4)
 
 
+def test_of_several_sets_the_one_that_is_left_has_no_deviation(tmp_path):
+    cells = [make_cell(method=m, seeds=2) for m in ("wmdd", "wmdd@1")]
+    results = Results(tmp_path, cells)
+    for seed in range(2):
+        results.path(cells[1], seed).unlink()
+    (row,) = read_rows(results.tabulate()["csv"])
+    assert (row["n_sets"], row["n_seeds"], row["top1_sd"], row["top5_sd"]) == ("1", "2", "", "")
+    assert float(row["top1_mean"]) == pytest.approx(statistics.mean([TOP1[0], TOP1[1]]), abs=1e-4)
+
+
 def test_another_set_in_the_place_of_one_is_refused(tmp_path):
     cells = [make_cell(), make_cell(method="wmdd@1")]
     results = Results(tmp_path, cells)
@@ -226,6 +238,15 @@ def test_artefact_of_another_seed_is_refused_by_name(tmp_path):
     results.path(make_cell(), 1).write_bytes(results.path(make_cell(), 2).read_bytes())
     with pytest.raises(UserError, match=r"seed1\.json was made for seed '2', not '1'"):
         results.tabulate()
+
+
+@pytest.mark.parametrize("key", ["recipe", "ipc"])
+def test_only_a_student_on_all_real_data_may_lack_its_recipe_and_size(key):
+    place = {"dataset": "digits", "recipe": "own", "ipc": "10"}
+    lacking = {"wildcards": {k: v for k, v in place.items() if k != key}}
+    with pytest.raises(UserError, match=f"a.json was made for {key} None, not '{place[key]}'"):
+        check_place("a.json", lacking, place)
+    check_place("a.json", {"wildcards": {"dataset": "digits"}}, {**place, "ipc": "all"})
 
 
 def test_artefact_of_other_settings_is_refused_by_name(tmp_path):
@@ -429,14 +450,34 @@ def test_the_accuracy_figure_draws_top_1_the_published_figures_and_the_ceiling()
     rows = [
         row_of(ipc="10", top1_mean="60.0", top1_sd="2.0", top5_mean="90.0", published_top1="64.5"),
         row_of(ipc="1", top1_mean="40.0", top1_sd="1.5", top5_mean="80.0", published_top1="44.5"),
+        row_of(ipc="5", top1_mean="55.0", top1_sd="1.0", top5_mean="70.0", published_top1="54.5"),
         row_of("all_real", "all", recipe="own", top1_mean="88.0", top5_mean="99.0"),
     ]
     (axes,) = plot_accuracy.draw(rows, LABELS).axes
     (bars,) = axes.containers
-    assert list(bars.lines[0].get_ydata()) == [40, 60]
-    assert deviations(bars) == [[38.5, 41.5], [58, 62]]
+    assert list(bars.lines[0].get_xdata()) == [1, 5, 10]
+    assert list(bars.lines[0].get_ydata()) == [40, 55, 60]
+    assert deviations(bars) == [[38.5, 41.5], [54, 56], [58, 62]]
     drawn = [list(line.get_ydata()) for line in axes.lines]
-    assert [44.5, 64.5] in drawn and [88, 88] in drawn
+    assert [44.5, 54.5, 64.5] in drawn and [88, 88] in drawn
+
+
+def test_each_recipe_student_and_dataset_has_a_panel_of_its_own_lines_and_the_students_ceiling():
+    changes = [{}, {"recipe": "hard"}, {"student": "vit"}, {"dataset": "digits"}]
+    rows = [
+        row_of(m, i, top1_mean=f"{10 * n + k}.0", **own)
+        for n, own in enumerate(changes, 1)
+        for k, (m, i) in enumerate(itertools.product(("wmdd", "sre2l"), ("1", "10")))
+    ]
+    rows += [row_of("all_real", "all", recipe="own", top1_mean="88.0")]
+    rows += [row_of("all_real", "all", recipe="own", student="vit", top1_mean="99.0")]
+    axes = plot_accuracy.draw(rows, LABELS).axes
+    lines = [[bars.lines[0].get_ydata().tolist() for bars in panel.containers] for panel in axes]
+    assert lines == [[[10 * n, 10 * n + 1], [10 * n + 2, 10 * n + 3]] for n in (1, 2, 3, 4)]
+    level = [
+        [y[0] for line in p.lines if (y := list(line.get_ydata())) in ([88, 88], [99, 99])] for p in axes
+    ]
+    assert level == [[88], [88], [99], []]
 
 
 def sweep_rows(
@@ -498,21 +539,30 @@ def test_saving_without_dates(tmp_path):
         ).read_bytes()
 
 
+GALLERY_WEIGHTS = {1: [[1.0]] * 3, 3: [[0.5, 0.3, 0.2], [0.1, 0.25, 0.65], [0.2, 0.4, 0.4]]}
+
+
 def make_gallery(root: Path, data: int = 0, **figure) -> tuple[Job, np.ndarray]:
-    """A gallery of two classes: ten real images each, one method with 1 and with 3 images."""
+    """A gallery of three classes: 9, 5 and 6 real images, one method with 1 and with 3 images."""
     real = np.random.default_rng(0).integers(0, 256, (20, 3, 8, 8), dtype=np.uint8)
     np.save(root / "train.npy", real)
     header = make_header("describe_dataset", {"dataset": "digits"}, {}, "")
-    content = {"classes": ["a", "b"], "titles": ["first", "second"], "train": {"per_class": [10, 10]}}
+    content = {
+        "classes": ["a", "b", "c"],
+        "titles": ["first", "second", "third"],
+        "train": {"per_class": [9, 5, 6]},
+    }
     write_json(root / "description.json", content, header)
     made_from = make_header("describe_dataset", {"dataset": "digits"}, {"data": data} if data else {}, "")
     paths, expected = [], {}
     for ipc in (1, 3):
         wildcards = {"dataset": "digits", "method": "wmdd", "ipc": str(ipc)}
         tensors = {
-            "images": torch.full((2 * ipc, 3, 8, 8), 40 * ipc, dtype=torch.uint8),
-            "labels": torch.arange(2).repeat_interleave(ipc),
-            "weights": torch.full((2 * ipc,), 1 / ipc),
+            "images": (40 * ipc + torch.arange(3 * ipc, dtype=torch.uint8))[:, None, None, None]
+            .expand(-1, 3, 8, 8)
+            .contiguous(),
+            "labels": torch.arange(3).repeat_interleave(ipc),
+            "weights": torch.tensor(GALLERY_WEIGHTS[ipc]).flatten(),
         }
         paths.append(str(root / f"images{ipc}.safetensors"))
         made = make_header("gather_images", wildcards, {}, "", [made_from])
@@ -528,24 +578,31 @@ def test_gallery_shows_the_stored_pixels_and_lists_them(tmp_path):
     job, real = make_gallery(tmp_path, images=2)
     plot_gallery.main(job)
     rows = read_rows(job.output["csv"])
-    shown = [(r["method"], r["ipc"], r["class"], r["number"], r["weight"]) for r in rows if r["class"] == "1"]
-    assert shown == [
-        ("real", "", "1", "0", ""),
-        ("real", "", "1", "1", ""),
-        ("wmdd", "1", "1", "0", "1"),
-        ("wmdd", "3", "1", "0", "0.333333"),
-        ("wmdd", "3", "1", "1", "0.333333"),
-    ]
+    for c in "012":
+        shown = [
+            (r["method"], r["ipc"], r["class"], r["number"], r["weight"]) for r in rows if r["class"] == c
+        ]
+        first, second, _ = GALLERY_WEIGHTS[3][int(c)]
+        assert shown == [
+            ("real", "", c, "0", ""),
+            ("real", "", c, "1", ""),
+            ("wmdd", "1", c, "0", "1"),
+            ("wmdd", "3", c, "0", f"{first:g}"),
+            ("wmdd", "3", c, "1", f"{second:g}"),
+        ]
     # Every real image that is listed is in the picture, each pixel a square of one colour.
     drawn = np.asarray(Image.open(job.output["png"]).convert("RGB"))
     side = plot_gallery.LARGEST // 8
-    for number in (0, 1, 10, 11):
+    for number in (0, 1, 9, 10, 14, 15):
         tile = real[number].transpose(1, 2, 0).repeat(side, 0).repeat(side, 1)
         starts = np.argwhere(
             (drawn == tile[0, 0]).all(-1) & (np.roll(drawn, -side, 1) == tile[0, side]).all(-1)
         )
         found = [(drawn[y : y + len(tile), x : x + len(tile)]) for y, x in starts]
         assert any(f.shape == tile.shape and np.array_equal(f, tile) for f in found), number
+    description = json.loads(Path(job.input["description"]).read_text())
+    block = plot_gallery.distilled_block(job.input["images"][1], job, description, [2, 0], 2)
+    assert [images[:, 0, 0, 0].tolist() for images in block.images] == [[126, 127], [120, 121]]
 
 
 @pytest.mark.parametrize(

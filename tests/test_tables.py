@@ -8,8 +8,9 @@ import os
 import re
 import statistics
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +109,16 @@ def test_peak_memory_sees_what_was_freed_again():
     peak, kind = peak_memory(torch.device("cpu"))
     assert kind == RESIDENT_MEMORY
     assert 1.2 * before < peak < 4 * before
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_where_there_is_no_proc_the_peak_is_what_getrusage_says(monkeypatch, tmp_path, system, unit):
+    monkeypatch.setattr(timing, "Path", lambda _: tmp_path / "status")
+    monkeypatch.setattr(timing.sys, "platform", system)
+    monkeypatch.setattr(timing.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=7))
+    assert peak_resident_bytes() == 7 * unit
+    (tmp_path / "status").write_text("VmPeak:\t 9 kB\nVmHWM:\t 5 kB\nVmRSS:\t 3 kB\n")
+    assert peak_resident_bytes() == 5 * 1024
 
 
 # ---- efficiency ------------------------------------------------------------------------------
@@ -270,12 +281,14 @@ def test_recovery_is_timed_on_one_image_per_class_with_the_teacher(efficiency_jo
 def test_the_preparation_takes_one_atom_of_all_images_of_each_class(efficiency_job, monkeypatch):
     called = []
 
-    def record(points, size, **_):
-        called.append((len(points), size))
+    def record(points, size, *, generator, **settings):
+        called.append((len(points), size, settings))
 
     monkeypatch.setattr(measure_efficiency, "wasserstein_barycenter", record)
-    measure_efficiency.measure_preparation(efficiency_job)
-    assert called == [(count, 1) for count in efficiency_job.description()["train"]["per_class"]]
+    chosen = {"weights": "uniform", "restarts": 3}
+    job = replace(efficiency_job, settings={**efficiency_job.settings, "barycenter": chosen})
+    measure_efficiency.measure_preparation(job)
+    assert called == [(count, 1, chosen) for count in job.description()["train"]["per_class"]]
 
 
 def test_what_precedes_the_first_iteration():
@@ -332,11 +345,12 @@ class Sets:
                     self.write_evaluation(cell, labels, seed)
             folder = root / cell["method"]
             (folder / "png/0_zero").mkdir(parents=True)
-            (folder / "images").write_bytes(bytes(3000))
-            (folder / "labels").write_bytes(bytes(2_500_000))
+            factor = {"random": 2, "wmdd": 1}[cell["method"]]
+            (folder / "images").write_bytes(bytes(factor * 3000))
+            (folder / "labels").write_bytes(bytes(factor * 2_500_000))
             for name, size in (("0.png", 300), ("1.png", 45)):
-                (folder / "png/0_zero" / name).write_bytes(bytes(size))
-            self.write_benchmarks(cell["method"], "recovery", [1.5, 2.25])
+                (folder / "png/0_zero" / name).write_bytes(bytes(factor * size))
+            self.write_benchmarks(cell["method"], "recovery", [1.5, (2, 0.25)])
             self.write_benchmarks(cell["method"], "relabel", [4.0])
             self.write_benchmarks(cell["method"], "training", [10.0, 20.0][:seeds])
         self.write_benchmarks("wmdd", "barycenters", [0.5] * 10)
@@ -354,11 +368,13 @@ class Sets:
         content = {"top1": top1, "top5": 99.0, "count": 9, "labels": labels}
         write_json(self.evaluation(cell, labels, seed), content, header)
 
-    def write_benchmarks(self, method: str, step: str, seconds: list[float]) -> None:
+    def write_benchmarks(self, method: str, step: str, seconds: list[float | tuple[float, ...]]) -> None:
+        """A file for each of `seconds`, with a row for each of several."""
         folder = self.root / "benchmarks" / method
         folder.mkdir(parents=True, exist_ok=True)
         for number, s in enumerate(seconds):
-            (folder / f"{step}{number}.tsv").write_text(f"s\th:m:s\tmax_rss\n{s}\t0:00:01\t9.5\n")
+            rows = [f"{row}\t0:00:01\t9.5\n" for row in (s if isinstance(s, tuple) else (s,))]
+            (folder / f"{step}{number}.tsv").write_text("".join(["s\th:m:s\tmax_rss\n", *rows]))
 
     def tabulate(self, **labels: object) -> dict[str, str]:
         blocks = [str(c) for c in range(10)]
@@ -408,6 +424,7 @@ def test_bytes_seconds_and_accuracies_of_each_set(tmp_path):
     assert (wmdd["image_bytes"], wmdd["png_bytes"], wmdd["label_bytes"]) == ("3000", "345", "2500000")
     assert (wmdd["barycenters_seconds"], wmdd["recovery_seconds"]) == ("5.00", "3.75")
     assert (wmdd["relabel_seconds"], wmdd["training_seconds"]) == ("4.00", "15.00")  # of one student
+    assert (random["image_bytes"], random["png_bytes"], random["label_bytes"]) == ("6000", "690", "5000000")
     assert random["barycenters_seconds"] == ""
     for labels, values in (("soft", [60, 61]), ("hard", [40, 41])):
         assert float(wmdd[f"top1_{labels}_mean"]) == statistics.mean(values)
@@ -415,7 +432,7 @@ def test_bytes_seconds_and_accuracies_of_each_set(tmp_path):
     text = Path(output["md"]).read_text(encoding="utf-8")
     shown = "| 10 | WMDD | 3.0 kB | 0.3 kB | 2.5 MB | 5.0 | 3.8 | 4.0 | 15.0 | 60.5 ± 0.7 | 40.5 ± 0.7 |"
     assert shown in text
-    assert "| 10 | random real | 3.0 kB | 0.3 kB | 2.5 MB | – |" in text
+    assert "| 10 | random real | 6.0 kB | 0.7 kB | 5.0 MB | – |" in text
     assert r"60.5 $\pm$ 0.7" in Path(output["tex"]).read_text(encoding="utf-8")
 
 
@@ -491,6 +508,19 @@ def test_latex_knows_every_character_of_the_hyperparameters():
 
 
 # ---- hyperparameters -------------------------------------------------------------------------
+
+
+def test_squeeze_and_recover_show_their_own_settings():
+    column = {"title": "Digits", "dataset": "digits", "preset": "digits", "resolution": 16}
+    squeeze = {"architecture": "convnet", "crop_scale_min": 0.25, "epochs": 9, "learning_rate": 0.5}
+    recover = {"crop_scale_min": 0.75, "crop_scale_start": 0.125, "roll": 3, "learning_rate": 0.25}
+    column |= {"squeeze": squeeze, "recover": {"wmdd": recover}}
+    rows = tabulate_hyperparameters.build_rows([column], {"wmdd": "WMDD"})
+    found = {row["setting"]: row["Digits"] for row in rows}
+    assert (found["squeeze: smallest crop"], found["recover: smallest crop"]) == ("0.25", "0.75")
+    assert (found["squeeze: learning rate"], found["recover: learning rate"]) == ("0.5", "0.25")
+    assert (found["squeeze: epochs"], found["recover: largest shift"]) == ("9", "3")
+
 
 TABLE_6 = {  # setting → ImageNette, Tiny-ImageNet, ImageNet-1K, typed from the paper's appendix E
     "squeeze: optimizer": ("SGD",) * 3,
