@@ -370,7 +370,7 @@ def test_the_whole_smoke_preset(cluster, smoke, tmp_path):
 # ---- many classes ----------------------------------------------------------------------------
 
 MANY = """
-datasets: {{many: {{source: imagefolder, classes: {}, resolution: 8, teacher: convnet}}}}
+datasets: {{many: {{source: imagefolder, root: images, classes: {}, resolution: 8, teacher: convnet}}}}
 classes_per_job: {}
 """
 BARYCENTERS = "results/smoke/many/barycenters/convnet/learned/ipc2"
