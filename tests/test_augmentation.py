@@ -94,7 +94,7 @@ def test_after_ten_attempts_a_crop_is_the_whole_image():
         assert float(share.mean()) == pytest.approx(wanted[1], abs=5e-4)
 
 
-@pytest.mark.parametrize(("height", "width"), [(100, 10), (10, 100), (30, 31)])
+@pytest.mark.parametrize(("height", "width"), [(100, 10), (10, 100), (100, 11), (11, 100), (30, 31)])
 def test_a_crop_of_the_whole_area_is_torchvisions(height, width):
     from torchvision.transforms import RandomResizedCrop
 
@@ -110,6 +110,22 @@ def test_a_pasted_patch_that_the_border_does_not_cut_has_even_sides():
     patch = draw_views(2000, 33, torch_generator("patches"), cutmix=True).patch
     inside = (patch[:, :2] > 0).all(1) & (patch[:, :2] + patch[:, 2:] < 33).all(1)
     assert inside.sum() > 200 and (patch[inside][:, 2:] % 2 == 0).all()
+
+
+def test_a_patch_whose_side_is_below_two_pixels_is_none():
+    """The side is R sqrt(u), u uniform, rounded down: on 8 pixels it is below 2 in (2 / 8)² of the draws."""
+    patch = draw_views(20000, 8, torch_generator("small patches"), cutmix=True).patch
+    share, wanted = float((patch[:, 2] == 0).double().mean()), (2 / 8) ** 2
+    assert share == pytest.approx(wanted, abs=4 * (wanted * (1 - wanted) / 20000) ** 0.5)
+
+
+def test_crops_are_as_often_wide_as_tall():
+    """The logarithm of the aspect ratio is uniform; with the ratio itself 4 in 7 would be wide."""
+    generator = torch_generator("ratios")
+    single = torch.tensor([draw_crop(200, 200, 0.1, generator) for _ in range(4000)])
+    for boxes in (draw_views(20000, 200, generator, crop_scale_min=0.1).box, single):
+        sign = (boxes[:, 3] - boxes[:, 2]).sign().double()
+        assert abs(sign.mean()) < 4 * sign.std() / len(sign) ** 0.5
 
 
 def test_no_augmentation_is_the_identity():

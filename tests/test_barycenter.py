@@ -58,6 +58,37 @@ def test_weights_reach_what_is_recorded():
     assert np.mean(found) < 158
 
 
+def test_it_ends_with_the_second_small_gain_in_a_row():
+    """Not with the first, nor with two that a larger one parts: Polyak's steps gain little now and then."""
+    parted = 0
+    for seed in range(4):
+        found = wasserstein_barycenter(digits(3), 50, generator=rng(seed))
+        small = -np.diff(found.history) <= 3e-4 * found.history[:-1]
+        second = np.flatnonzero(small[1:] & small[:-1]) + 1
+        assert found.converged and second.tolist() == [found.iterations - 1]
+        parted += small[:-2].any()
+    assert parted >= 2  # otherwise there was nothing to ignore
+
+
+def test_a_quarter_of_the_draws_is_polished_to_the_end():
+    """The best after five Lloyd steps need not be the best after ten; k-means by hand says which is."""
+    points, overtaken = relu_features(200, 8).astype(np.float32), 0
+
+    def polished(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        for _ in range(5):
+            distances = [cdist(points, start, "sqeuclidean") for start in starts]
+            starts = np.stack([[points[d.argmin(1) == k].mean(0) for k in range(20)] for d in distances])
+        return starts, np.array([d.min(1).mean() for d in distances])  # before the last step
+
+    for seed in range(6):
+        starts, after_five = polished(points[barycenter._plus_plus(points, 20, 20, rng(seed))])
+        starts, after_ten = polished(starts[after_five.argsort()[:5]])
+        found = barycenter._polished_draw(points, 20, 20, rng(seed))
+        np.testing.assert_allclose(found, starts[after_ten.argmin()], rtol=1e-4, atol=1e-5)
+        overtaken += after_ten.argmin() > 0
+    assert overtaken > 0  # otherwise one would have been enough
+
+
 @pytest.mark.parametrize("weights", ["learned", "uniform", "kmeans"])
 def test_one_atom_is_the_mean(weights):
     points = digits(3)

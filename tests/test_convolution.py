@@ -248,6 +248,18 @@ def test_gradients_of_images_are_used_where_only_images_want_one(monkeypatch):
         assert not run()
 
 
+@pytest.mark.parametrize("learns", ["weight", "bias"])
+def test_kernels_or_a_bias_that_learn_beside_images_get_their_gradient(learns, monkeypatch):
+    """One of them alone: the other is frozen, or there is none."""
+    monkeypatch.setattr(convolution, "OUTPUTS", 0)
+    layer = nn.Conv2d(3, 4, 3, padding=1, bias=learns == "bias", dtype=torch.float64).requires_grad_(False)
+    given = [drawn(2, 3, 8, 8).requires_grad_(), getattr(layer, learns).requires_grad_()]
+    wanted = torch.autograd.grad(layer(given[0]).square().sum(), given)
+    use_fast_convolutions(nn.Sequential(layer))
+    found = torch.autograd.grad(layer(given[0]).square().sum(), given)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50", "convnet"])
 def test_networks_are_those_of_pytorchs_convolutions(architecture, filtered):
     """Same weights, same outputs to rounding; of gradients, rounding moves a few past the kink of a ReLU."""

@@ -99,7 +99,7 @@ def test_an_array_of_another_shape_or_kind_is_made_anew(tmp_path, dtype, shape):
     first = Progress("labels", tmp_path / "state.pt", "stamp", save_every=0)
     first.array(np.float32, (4, 3))[:] = 7
     first.step(0, 4, lambda: {"index": 0}, dict)
-    again = Progress("labels", tmp_path / "state.pt", "another")
+    again = Progress("labels", tmp_path / "state.pt", "stamp")
     array = again.array(dtype, shape)
     assert (array.dtype, array.shape) == (dtype, shape) and not array.any()
     assert again.resume() is None
