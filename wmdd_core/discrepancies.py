@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from wmdd_core.errors import UserError
 from wmdd_core.transport import solve_transport
+
+Weights = TypeVar("Weights", Tensor, np.ndarray)
 
 RBF_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """The factors 2^i, i = −2 … 2, that M3D puts on the kernel's bandwidth."""
@@ -256,9 +259,17 @@ def _squared_distances(points: Tensor) -> Tensor:
 def _masses(weights: Tensor | None, x: Tensor) -> Tensor:
     if weights is None:
         return torch.full((len(x),), 1 / len(x), dtype=x.dtype, device=x.device)
-    if weights.shape != x.shape[:1]:
-        raise UserError(f"received weights {tuple(weights.shape)} for {len(x)} points; give one for each")
-    weights = weights.to(x)
+    return _shares(weights.to(x), len(x))
+
+
+def _mass_array(weights: ArrayLike | Tensor | None, count: int) -> np.ndarray:
+    return np.full(count, 1 / count) if weights is None else _shares(_finite_array(weights), count)
+
+
+def _shares(weights: Weights, count: int) -> Weights:
+    """Weights divided by their sum; raises `UserError` unless they are `count` that can be."""
+    if tuple(weights.shape) != (count,):
+        raise UserError(f"received weights {tuple(weights.shape)} for {count} points; give one for each")
     least, total = float(weights.min()), float(weights.sum())
     if not (least >= 0 and total > 0):
         raise UserError(
@@ -266,18 +277,6 @@ def _masses(weights: Tensor | None, x: Tensor) -> Tensor:
             " positive sum"
         )
     return weights / total
-
-
-def _mass_array(weights: ArrayLike | Tensor | None, count: int) -> np.ndarray:
-    if weights is None:
-        return np.full(count, 1 / count)
-    weights = _finite_array(weights)
-    if weights.shape != (count,) or (weights < 0).any() or weights.sum() <= 0:
-        raise UserError(
-            f"received weights of shape {weights.shape}, sum {weights.sum():g} and minimum "
-            f"{weights.min(initial=0):g}; give {count} nonnegative weights with a positive sum"
-        )
-    return weights / weights.sum()
 
 
 def _finite_array(values: ArrayLike | Tensor) -> np.ndarray:
