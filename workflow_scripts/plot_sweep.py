@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from wmdd_core.artifacts import write_csv
-from wmdd_core.terms import tell_apart
 from workflow_scripts.checks import ALL
-from workflow_scripts.drawing import DASHES, MARKERS, new_figure, save
+from workflow_scripts.drawing import DASHES, MARKERS, names_of, new_figure, save
 from workflow_scripts.job import Job, run
 from workflow_scripts.plain_tables import Row, read_rows, symbol
 from workflow_scripts.plot_accuracy import PANELS_ABREAST, panel_titles, panels, select
@@ -88,7 +87,7 @@ def draw(rows: Sequence[Row], swept: Mapping, key: str, labels: Mapping) -> Figu
     dashes = styles_of(dict.fromkeys(r["entry"] for r in members), DASHES)
     read = {r["entry"]: labels["methods"].get(r["method"], r["entry"]) for r in members}
     unswept = {r["method"] for r in rows if r["method"] not in swept}
-    names = tell_apart({**read, **{m: labels["methods"].get(m, m) for m in sorted(unswept)}})
+    names = names_of([*read, *unswept], {**labels["methods"], **read})
     across = min(len(found), PANELS_ABREAST)
     down = -(-len(found) // across)
     titles = panel_titles([place for place, _ in found], labels)
