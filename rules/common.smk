@@ -71,7 +71,7 @@ def _prepared():
 
 def stop(message):
     """Tell the user's mistake in one line and leave with status 1, before anything is made."""
-    sys.exit(f"error: config: {message}")
+    sys.exit(f"error: config: {str(message).removeprefix('config: ')}")
 
 
 try:
@@ -163,16 +163,15 @@ def flips(dataset):
 def class_total(dataset):
     """Number of classes, from the config, the source's definition or the folders under its root."""
     try:
-        return class_count(dataset_of(dataset))
+        return len(class_names(dataset)) or class_count(dataset_of(dataset))
     except UserError as error:
         stop(f"datasets.{dataset}: {error}")
 
 
 @functools.cache
-def class_folders(dataset):
-    """A digest of the names of the class folders under a dataset's root, as settings, where they are looked up."""
-    found = listed_classes(dataset_of(dataset))
-    return {"class_folders": digest(found)} if found else {}
+def class_names(dataset):
+    """Names of the class folders under a dataset's root, where they are looked up; else none."""
+    return listed_classes(dataset_of(dataset))
 
 
 def method_of(w):

@@ -202,7 +202,7 @@ def check_block(where: str, entry: object, kind: Mapping, schema: Mapping) -> No
         raise ConfigError(f"{where}: expected settings, got {entry!r}")
     for key in entry:
         if key not in kind["properties"]:
-            raise ConfigError(f"{where}: {unknown(key, kind['properties'])}".removeprefix("config: "))
+            raise ConfigError(f"{where}: {unknown(key, kind['properties'])}")
     for key in kind.get("required", ()):
         if key not in entry:
             raise ConfigError(

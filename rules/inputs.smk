@@ -25,11 +25,12 @@ def network_entry(block, name, dataset):
 
 @settings_for
 def describe_dataset_settings(w):
-    dataset = dataset_of(w.dataset)
+    dataset, count = dataset_of(w.dataset), class_total(w.dataset)
+    names = class_names(w.dataset)
     return {
         **without(dataset, "title", "teacher", "flip", "store_train", "classes", "download"),
-        "classes": class_total(w.dataset),
-        **class_folders(w.dataset),
+        "classes": count,
+        **({"class_folders": digest(names)} if names else {}),
         "seed": config["seed"],
     }
 
@@ -65,6 +66,7 @@ def crops_of(w):
     return "centres" if real_images(w.dataset) else "files"
 
 
+@functools.cache
 def stamp_of(path):
     """A digest of size and time of a file, or of names, sizes and times of all files in a folder.
 

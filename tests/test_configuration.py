@@ -157,7 +157,7 @@ def test_results_beside_or_around_a_folder_of_images_are_accepted(root):
 def test_an_unknown_key_is_told_with_the_nearest(path, near):
     told = refusal(path, 1)
     assert f"unknown name {path.split('.')[-1]!r}; did you mean {near!r}?" in told
-    assert told.startswith(".".join(path.split(".")[:-1]) or "unknown name")
+    assert told.startswith(".".join(path.split(".")[:-1]) or "config")
 
 
 @pytest.mark.parametrize(

@@ -332,6 +332,7 @@ def test_a_mistake_in_the_config_is_told_in_one_line(tmp_path, overlay, told):
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if not line.startswith(("Using ", "Config file "))]
     assert len(errors) == 1 and told in errors[0], done.stderr
+    assert "config: config" not in errors[0]
     assert not (tmp_path / "results").exists()
 
 
